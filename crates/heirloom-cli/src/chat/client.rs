@@ -1,0 +1,365 @@
+//! The client as it serves: one loop over the pump, the control socket and the signals.
+//!
+//! It promises that nothing is touched between a freeze and its end, and that what was read is not dropped: a stdout
+//! that fails keeps its bytes for the next try, or for a successor.
+
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use heirloom::control::{Failure as Refusal, FailureCode, Reply};
+use heirloom::manifest::Base;
+use heirloom::runtime::blocking;
+use heirloom::{
+    Asked, Cbor, Codec, ConnectionId, Entry, HandoverError, Incumbent, ItemId, Kind, Outcome, Turn,
+};
+use rustix::event::{PollFd, PollFlags};
+use serde::Deserialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use super::SERVER;
+use super::older::{FLUSH_WITHIN, Older};
+use super::pump::{Pump, PumpError};
+use crate::exit::Exit;
+use crate::failure::Failure;
+
+/// How long buffers may take to empty when the client is told to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(1);
+/// How long a stdout that failed, for a full disk say, is left alone.
+const STDOUT_RETRY: Duration = Duration::from_secs(1);
+
+/// The chat client's own requests at the control socket.
+#[derive(Debug, Deserialize)]
+pub(super) enum ChatRequest {
+    /// Protocol 0: hand over the connection.
+    RequestFds,
+}
+
+pub(super) struct Client {
+    incumbent: Incumbent<ChatRequest>,
+    pump: Pump,
+    /// Readable after a signal that asks the client to stop.
+    signals: UnixStream,
+    linger: Duration,
+    mode: Mode,
+    /// Which connection status was last told of.
+    shown: Option<u64>,
+}
+
+/// What the loop does beside answering at the control socket.
+enum Mode {
+    Pumping,
+    /// Nobody reads stdout: the connection is kept for a successor for a while.
+    Lingering {
+        until: Instant,
+        unwritten: usize,
+    },
+    /// Stdout failed and is tried again.
+    Resting {
+        until: Instant,
+    },
+    /// A stop was asked for: buffers are emptied, nothing more is taken in.
+    Stopping {
+        until: Instant,
+    },
+    /// A program of protocol 0 takes the connection.
+    Older(Older),
+}
+
+/// The loop goes on, or the program ends.
+enum Next {
+    Go,
+    /// Somebody else serves now.
+    Replaced,
+    /// Nobody serves any more.
+    Stopped,
+}
+
+/// What came of a turn of the incumbent, once it is over.
+enum Notice {
+    Thawed(Result<Outcome, HandoverError>),
+    Older(Option<Older>),
+    Quit(ConnectionId),
+    Closed(ConnectionId),
+}
+
+/// What a successor is told that comes at a bad moment.
+const BUSY: &str = "the incumbent is ending, or being replaced already";
+
+impl Client {
+    pub(super) fn new(
+        incumbent: Incumbent<ChatRequest>,
+        pump: Pump,
+        linger: Duration,
+    ) -> Result<Self, Failure> {
+        let (signals, sender) = UnixStream::pair()?;
+        for signal in [SIGTERM, SIGINT, SIGHUP] {
+            signal_hook::low_level::pipe::register(signal, sender.try_clone()?)
+                .context("cannot watch for signals")?;
+        }
+        Ok(Client { incumbent, pump, signals, linger, mode: Mode::Pumping, shown: None })
+    }
+
+    pub(super) fn run(mut self) -> Result<Exit, Failure> {
+        loop {
+            self.show();
+            let mut next = if self.wait()? { self.stop() } else { Next::Go };
+            if matches!(next, Next::Go) {
+                next = self.answer()?;
+            }
+            if matches!(next, Next::Go) {
+                next = self.go_on()?;
+            }
+            match next {
+                Next::Go => {}
+                Next::Replaced => return Ok(Exit::Done),
+                Next::Stopped => {
+                    self.incumbent.retire();
+                    return Ok(Exit::Done);
+                }
+            }
+        }
+    }
+
+    /// Lets the pump work, or only waits; true if a signal asks the client to stop.
+    fn wait(&mut self) -> Result<bool, Failure> {
+        let deadline = match &self.mode {
+            Mode::Pumping | Mode::Older(Older::Handed { .. }) => None,
+            Mode::Lingering { until, .. }
+            | Mode::Resting { until }
+            | Mode::Stopping { until }
+            | Mode::Older(Older::Flushing { until, .. }) => Some(*until),
+        };
+        let signalled = match &self.mode {
+            Mode::Lingering { .. } | Mode::Resting { .. } | Mode::Older(Older::Handed { .. }) => {
+                let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN)];
+                blocking::wait(&self.incumbent, &mut fds, deadline)?;
+                !fds[0].revents().is_empty()
+            }
+            Mode::Pumping | Mode::Stopping { .. } | Mode::Older(Older::Flushing { .. }) => {
+                let at = [deadline, self.incumbent.deadline()].into_iter().flatten().min();
+                let extra =
+                    [PollFd::new(&self.incumbent, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+                match self.pump.turn(&extra, at) {
+                    Ok(turn) => !turn.extra[1].is_empty(),
+                    Err(error) => {
+                        self.pump_failed(error)?;
+                        false
+                    }
+                }
+            }
+        };
+        Ok(signalled)
+    }
+
+    fn pump_failed(&mut self, error: PumpError) -> Result<(), Failure> {
+        match error {
+            PumpError::StdoutClosed { unwritten } => {
+                tracing::error!(
+                    unwritten,
+                    "nobody reads stdout any more; a successor that is started within {:?} gets everything",
+                    self.linger
+                );
+                self.mode = Mode::Lingering { until: Instant::now() + self.linger, unwritten };
+                Ok(())
+            }
+            PumpError::Stdout { unwritten, source } => {
+                tracing::error!(unwritten, error = %source, "cannot write to stdout; nothing is lost, trying again");
+                self.mode = Mode::Resting { until: Instant::now() + STDOUT_RETRY };
+                Ok(())
+            }
+            PumpError::GaveUp(error) => Err(Failure::new(Exit::Failed, anyhow!("{error}"))),
+            PumpError::Poll(error) => Err(Failure::new(Exit::Failed, anyhow!(error).context("cannot wait"))),
+        }
+    }
+
+    /// A signal has come: empties the buffers first; a second signal ends the client at once.
+    fn stop(&mut self) -> Next {
+        let _ = rustix::net::recv(&self.signals, &mut [0u8; 64], rustix::net::RecvFlags::DONTWAIT);
+        match self.mode {
+            Mode::Pumping | Mode::Older(Older::Flushing { .. }) => {
+                self.incumbent.withdraw(Instant::now(), "the incumbent was told to stop");
+                self.pump.set_reading(false);
+                self.mode = Mode::Stopping { until: Instant::now() + STOP_WITHIN };
+                Next::Go
+            }
+            _ => Next::Stopped,
+        }
+    }
+
+    /// Answers at the control socket until there is nothing more to answer.
+    fn answer(&mut self) -> Result<Next, Failure> {
+        self.incumbent.set_counter("bytes_in", self.pump.bytes_in());
+        self.incumbent.set_counter("bytes_out", self.pump.bytes_out());
+        loop {
+            let busy = matches!(self.mode, Mode::Older(_) | Mode::Stopping { .. });
+            let notice = match self.incumbent.turn(Instant::now())? {
+                Turn::Idle => return Ok(Next::Go),
+                Turn::Offer(offer) if busy => {
+                    offer.refuse(BUSY);
+                    continue;
+                }
+                Turn::Offer(offer) => {
+                    offer.begin(manifest(&self.pump)?)?;
+                    continue;
+                }
+                Turn::Batch(batch) => {
+                    batch.send(|id| descriptor(&self.pump, id));
+                    continue;
+                }
+                Turn::Freeze(freeze) => {
+                    let outcome = freeze.release_all(manifest(&self.pump)?, |id| descriptor(&self.pump, id));
+                    Notice::Thawed(outcome)
+                }
+                Turn::Request(asked) => Notice::Older(older_asks(asked, busy)),
+                Turn::Quit(connection) => Notice::Quit(connection),
+                Turn::Closed(connection) => Notice::Closed(connection),
+            };
+            match self.hear(notice)? {
+                Next::Go => {}
+                end => return Ok(end),
+            }
+        }
+    }
+
+    fn hear(&mut self, notice: Notice) -> Result<Next, Failure> {
+        match notice {
+            Notice::Thawed(Ok(Outcome::Taken(by))) => {
+                tracing::info!("replaced by {by}");
+                return Ok(Next::Replaced);
+            }
+            Notice::Thawed(Ok(Outcome::Resumed(reason))) => {
+                tracing::warn!("serving on; the takeover ended {reason}");
+            }
+            Notice::Thawed(Ok(Outcome::Superseded(reason))) => {
+                let what = "another process holds the service lock and serves; the takeover ended";
+                return Err(Failure::new(Exit::Failed, anyhow!("{what} {reason}")));
+            }
+            Notice::Thawed(Err(error)) => tracing::error!("serving on: {error}"),
+            Notice::Older(None) => {}
+            Notice::Older(Some(older)) => {
+                self.pump.set_reading(false);
+                self.mode = Mode::Older(older);
+            }
+            Notice::Quit(connection) if self.older() == Some(connection) => {
+                tracing::info!("replaced by a program of protocol 0");
+                return Ok(Next::Replaced);
+            }
+            Notice::Quit(_) => {
+                return Ok(self.stop());
+            }
+            Notice::Closed(connection) => self.older_left(connection),
+        }
+        Ok(Next::Go)
+    }
+
+    /// The connection of a program of protocol 0 that is taking over.
+    fn older(&self) -> Option<ConnectionId> {
+        match &self.mode {
+            Mode::Older(older) => Some(older.connection()),
+            _ => None,
+        }
+    }
+
+    /// What is due in this mode after a turn.
+    fn go_on(&mut self) -> Result<Next, Failure> {
+        let now = Instant::now();
+        match &self.mode {
+            Mode::Pumping | Mode::Older(Older::Handed { .. }) => {}
+            Mode::Lingering { until, unwritten } => {
+                if now >= *until {
+                    let lost = *unwritten;
+                    let error =
+                        anyhow!("stdout was closed, and no successor came: {lost} bytes were not written");
+                    return Err(Failure::new(Exit::Failed, error));
+                }
+            }
+            Mode::Resting { until } => {
+                if now >= *until {
+                    self.mode = Mode::Pumping;
+                }
+            }
+            Mode::Stopping { until } => {
+                if self.pump.flushed() {
+                    return Ok(Next::Stopped);
+                }
+                if now >= *until {
+                    let (unwritten, unsent) = (self.pump.unwritten(), self.pump.unsent());
+                    tracing::warn!(unwritten, unsent, "stopping with bytes that nobody took");
+                    return Ok(Next::Stopped);
+                }
+            }
+            Mode::Older(Older::Flushing { connection, until }) => {
+                let (connection, late) = (*connection, now >= *until);
+                if self.pump.flushed() {
+                    self.hand_to_older(connection)?;
+                } else if late {
+                    let failure = Refusal::new(FailureCode::Busy, "the incumbent's buffers do not empty");
+                    self.incumbent.answer_later(connection, Reply::Error(failure).to_line(), Vec::new());
+                    self.older_left(connection);
+                }
+            }
+        }
+        Ok(Next::Go)
+    }
+
+    fn hand_to_older(&mut self, connection: ConnectionId) -> Result<(), Failure> {
+        let descriptor = self.pump.socket().map(|socket| socket.try_clone_to_owned()).transpose()?;
+        self.incumbent.answer_later(connection, b"hi".to_vec(), descriptor.into_iter().collect());
+        self.mode = Mode::Older(Older::Handed { connection });
+        Ok(())
+    }
+
+    /// A program of protocol 0 has gone without a commit, if it was that connection's.
+    fn older_left(&mut self, connection: ConnectionId) {
+        if self.older() == Some(connection) {
+            tracing::warn!("the program of protocol 0 left without taking over; serving on");
+            self.pump.set_reading(true);
+            self.mode = Mode::Pumping;
+        }
+    }
+
+    /// Tells status which connection there is.
+    fn show(&mut self) {
+        let connection = self.pump.socket().map(|_| self.pump.connection_id());
+        if self.shown != connection {
+            self.shown = connection;
+            let item = connection.map(|id| (ItemId(id), SERVER.to_string(), Kind::TcpStream));
+            self.incumbent.set_items(item);
+        }
+    }
+}
+
+/// Lets a program of protocol 0 in, if there is nothing else going on.
+fn older_asks(mut asked: Asked<'_, ChatRequest>, busy: bool) -> Option<Older> {
+    let ChatRequest::RequestFds = asked.request()?;
+    if busy {
+        asked.refuse(BUSY);
+        return None;
+    }
+    tracing::info!("a program of protocol 0 asks for the connection");
+    asked.watch();
+    Some(Older::Flushing { connection: asked.defer(), until: Instant::now() + FLUSH_WITHIN })
+}
+
+/// Everything as it is now. An item's id is the number of its connection: each has a new one.
+fn manifest(pump: &Pump) -> Result<Base, Failure> {
+    let state = Cbor::encode(&pump.state()).context("cannot write down the state")?;
+    let item = pump.socket().map(|_| Entry {
+        id: ItemId(pump.connection_id()),
+        name: SERVER.into(),
+        kind: Kind::TcpStream,
+        state: Vec::new(),
+    });
+    Ok(Base {
+        state: Some(state),
+        items: item.into_iter().collect(),
+        next_id: pump.connection_id() + 1,
+        ..Base::default()
+    })
+}
+
+fn descriptor(pump: &Pump, id: ItemId) -> Option<BorrowedFd<'_>> {
+    pump.socket().filter(|_| ItemId(pump.connection_id()) == id)
+}

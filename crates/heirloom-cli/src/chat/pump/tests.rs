@@ -1,0 +1,490 @@
+//! The pump between real sockets, pipes and files.
+
+use std::fs::File;
+use std::io::{PipeReader, PipeWriter, Read, Seek, Write, pipe};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::thread;
+
+use rustix::io::ioctl_fionread;
+use rustix::net::sockopt::set_socket_linger;
+
+use super::super::reconnect::MAX_ERRORS;
+use super::*;
+
+const TOO_LONG: Duration = Duration::from_secs(60);
+const TICK: Duration = Duration::from_millis(5);
+
+/// A pump with a pipe for stdin, a pipe for stdout, and a server to connect to.
+struct Rig {
+    pump: Pump,
+    stdin: PipeWriter,
+    stdout: PipeReader,
+    listener: TcpListener,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let (stdin_reader, stdin) = pipe().unwrap();
+        let (stdout, stdout_writer) = pipe().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let pump = Pump::resume(
+            config(&listener, stdin_reader.into(), stdout_writer.into()),
+            PumpState::default(),
+            None,
+        );
+        Self { pump, stdin, stdout, listener }
+    }
+
+    /// Turns until the pump has made its first connection. Returns the server's end.
+    fn connect(&mut self) -> TcpStream {
+        self.connection(1)
+    }
+
+    /// Turns until the pump has made the connection with this id. Returns the server's end.
+    fn connection(&mut self, id: u64) -> TcpStream {
+        drive(&mut self.pump, |pump| pump.connection_id() == id);
+        self.listener.accept().unwrap().0
+    }
+}
+
+fn config(listener: &TcpListener, stdin: OwnedFd, stdout: OwnedFd) -> Config {
+    Config {
+        addresses: vec![listener.local_addr().unwrap()],
+        input: Input::new(stdin).unwrap(),
+        output: Output::new(stdout).unwrap(),
+    }
+}
+
+/// Turns until `done` or an error.
+fn try_drive(pump: &mut Pump, mut done: impl FnMut(&Pump) -> bool) -> Result<(), PumpError> {
+    let started = Instant::now();
+    while !done(pump) {
+        assert!(started.elapsed() < TOO_LONG, "waited for too long");
+        pump.turn(&[], Some(Instant::now() + TICK))?;
+    }
+    Ok(())
+}
+
+fn drive(pump: &mut Pump, done: impl FnMut(&Pump) -> bool) {
+    try_drive(pump, done).unwrap();
+}
+
+/// Turns until `thread` has ended, and returns its result.
+fn drive_until_joined<T>(pump: &mut Pump, thread: thread::JoinHandle<T>) -> T {
+    drive(pump, |_| thread.is_finished());
+    thread.join().unwrap()
+}
+
+/// Turns until there is nothing left to do, and checks that it sleeps then.
+fn assert_idle(pump: &mut Pump) {
+    let sleep = Duration::from_millis(100);
+    let mut slept = false;
+    let started = Instant::now();
+    while !slept {
+        assert!(started.elapsed() < TOO_LONG, "there is always something to do");
+        let turn_started = Instant::now();
+        pump.turn(&[], Some(turn_started + sleep)).unwrap();
+        slept = turn_started.elapsed() >= sleep;
+    }
+    let end = Instant::now() + 2 * sleep;
+    let mut turns = 0;
+    while Instant::now() < end {
+        pump.turn(&[], Some(end)).unwrap();
+        turns += 1;
+    }
+    assert!(turns <= 3, "{turns} turns while there was nothing to do");
+}
+
+/// The same pump in another process, as far as that can be had in one: the state is encoded and decoded, and the new
+/// pump has duplicates of the descriptors.
+fn hand_over(pump: Pump, encode: bool) -> Pump {
+    let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+    let config = Config {
+        addresses: pump.addresses.clone(),
+        input: Input::new(duplicate(pump.input.fd())).unwrap(),
+        output: Output::new(duplicate(pump.output.fd())).unwrap(),
+    };
+    let socket = pump.socket().map(|socket| TcpStream::from(duplicate(socket)));
+    let mut state = pump.state();
+    if encode {
+        state = serde_json::from_slice(&serde_json::to_vec(&state).unwrap()).unwrap();
+    }
+    drop(pump);
+    Pump::resume(config, state, socket)
+}
+
+/// Bytes that do not repeat soon, so that a lost, repeated or swapped one shows.
+fn noise(length: usize, seed: u64) -> Vec<u8> {
+    let mut x = seed;
+    (0..length)
+        .map(|_| {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (x >> 33) as u8
+        })
+        .collect()
+}
+
+/// Reads in the background. Gives the reader back too: its end would be noticed.
+fn read_meanwhile<R: Read + Send + 'static>(
+    mut reader: R,
+    length: usize,
+) -> thread::JoinHandle<(Vec<u8>, R)> {
+    thread::spawn(move || (read_exactly(&mut reader, length), reader))
+}
+
+fn read_exactly(reader: &mut impl Read, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    reader.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn ten_megabytes_each_way_survive_hundreds_of_handovers() {
+    const SIZE: usize = 10 * 1024 * 1024;
+    let mut rig = Rig::new();
+    let server = rig.connect();
+    let (down, up) = (noise(SIZE, 1), noise(SIZE, 2));
+
+    let sender = thread::spawn({
+        let (mut server, down) = (server.try_clone().unwrap(), down.clone());
+        move || server.write_all(&down).unwrap()
+    });
+    let typist = thread::spawn({
+        let (mut stdin, up) = (rig.stdin.try_clone().unwrap(), up.clone());
+        move || stdin.write_all(&up).unwrap()
+    });
+    let receiver = read_meanwhile(server, SIZE);
+    let reader = read_meanwhile(rig.stdout, SIZE);
+
+    let started = Instant::now();
+    let (mut pump, mut turns, mut handovers) = (rig.pump, 0_u32, 0_u32);
+    while !(reader.is_finished() && receiver.is_finished()) {
+        assert!(started.elapsed() < TOO_LONG, "waited for too long");
+        pump.turn(&[], Some(Instant::now() + TICK)).unwrap();
+        turns += 1;
+        // At uneven intervals, so that every state is met with.
+        if turns.wrapping_mul(2654435761) % 8 == 0 {
+            handovers += 1;
+            pump = hand_over(pump, handovers % 16 == 0);
+        }
+    }
+    sender.join().unwrap();
+    typist.join().unwrap();
+    assert!(reader.join().unwrap().0 == down, "the server's bytes changed");
+    assert!(receiver.join().unwrap().0 == up, "stdin's bytes changed");
+    assert_eq!((pump.bytes_in(), pump.bytes_out()), (SIZE as u64, SIZE as u64));
+    assert_eq!(pump.connection_id(), 1);
+    assert!(pump.flushed());
+    assert!(handovers > 100, "{handovers}");
+}
+
+#[test]
+fn a_pump_goes_on_after_a_takeover_that_came_to_nothing() {
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    server.write_all(b"one").unwrap();
+    drive(&mut rig.pump, |pump| pump.bytes_in() == 3);
+    let state = rig.pump.state();
+    assert_eq!(state, rig.pump.state());
+    server.write_all(b"two").unwrap();
+    drive(&mut rig.pump, |pump| pump.bytes_in() == 6 && pump.flushed());
+    assert_eq!(read_exactly(&mut rig.stdout, 6), b"onetwo");
+}
+
+#[test]
+fn a_slow_reader_slows_the_server_down_and_nothing_spins() {
+    const SIZE: usize = 16 * 1024 * 1024;
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    let bytes = noise(SIZE, 3);
+    let sender = thread::spawn({
+        let bytes = bytes.clone();
+        move || server.write_all(&bytes).unwrap()
+    });
+    assert_idle(&mut rig.pump);
+    assert!(!sender.is_finished());
+    assert_eq!(rig.pump.unwritten(), FROM_SERVER);
+
+    let reader = read_meanwhile(rig.stdout, SIZE);
+    assert!(drive_until_joined(&mut rig.pump, reader).0 == bytes);
+    sender.join().unwrap();
+}
+
+#[test]
+fn a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins() {
+    const SIZE: usize = 16 * 1024 * 1024;
+    let mut rig = Rig::new();
+    let server = rig.connect();
+    let bytes = noise(SIZE, 4);
+    let typist = thread::spawn({
+        let bytes = bytes.clone();
+        move || rig.stdin.write_all(&bytes).unwrap()
+    });
+    assert_idle(&mut rig.pump);
+    assert_eq!(rig.pump.unsent(), FROM_STDIN);
+    assert!(!typist.is_finished());
+
+    let reader = read_meanwhile(server, SIZE);
+    assert!(drive_until_joined(&mut rig.pump, reader).0 == bytes);
+    typist.join().unwrap();
+}
+
+#[test]
+fn nothing_spins_while_idle_with_stdin_open_or_not() {
+    let mut rig = Rig::new();
+    let _server = rig.connect();
+    assert_idle(&mut rig.pump);
+    drop(rig.stdin);
+    drive(&mut rig.pump, |pump| !pump.state().stdin_open);
+    assert_idle(&mut rig.pump);
+    rig.pump.set_reading(false);
+    assert_idle(&mut rig.pump);
+}
+
+#[test]
+fn a_connection_that_is_reset_while_the_buffer_is_full_does_not_spin() {
+    // As much as the pipe and the buffer hold, and a little that stays in the socket.
+    const SIZE: usize = FROM_SERVER + 64 * 1024 + 8 * 1024;
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    let bytes = noise(SIZE, 5);
+    let sender = thread::spawn({
+        let bytes = bytes.clone();
+        move || {
+            server.write_all(&bytes).unwrap();
+            server
+        }
+    });
+    drive(&mut rig.pump, |pump| {
+        let in_socket = ioctl_fionread(pump.socket().unwrap()).unwrap();
+        pump.unwritten() == FROM_SERVER && pump.bytes_in() + in_socket == SIZE as u64
+    });
+    let server = sender.join().unwrap();
+    set_socket_linger(&server, Some(Duration::ZERO)).unwrap();
+    drop(server);
+    drive(&mut rig.pump, |pump| {
+        let mut fds = [PollFd::from_borrowed_fd(pump.socket().unwrap(), PollFlags::empty())];
+        poll(&mut fds, Some(&Timespec::default())).unwrap();
+        fds[0].revents().contains(PollFlags::HUP)
+    });
+    assert_idle(&mut rig.pump);
+
+    // With something to send, its failure is noticed once.
+    rig.stdin.write_all(b"hello").unwrap();
+    drive(&mut rig.pump, |pump| matches!(&pump.link, Link::Connected { broken: Some(_), .. }));
+    assert_idle(&mut rig.pump);
+    assert_eq!(rig.pump.unsent(), 5);
+
+    let reader = read_meanwhile(rig.stdout.try_clone().unwrap(), SIZE);
+    let mut server = rig.connection(2);
+    drive(&mut rig.pump, |pump| pump.unsent() == 0);
+    assert_eq!(read_exactly(&mut server, 5), b"hello");
+    // What was in the socket when the reset came has been read, too.
+    assert!(drive_until_joined(&mut rig.pump, reader).0 == bytes);
+}
+
+#[test]
+fn all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_connection() {
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    server.write_all(b"last words").unwrap();
+    drop(server);
+    drive(&mut rig.pump, |pump| pump.bytes_in() == 10);
+    rig.pump.set_reading(false);
+    drive(&mut rig.pump, Pump::flushed);
+    assert_eq!(read_exactly(&mut rig.stdout, 10), b"last words");
+
+    // The end of the connection is met only now; what is typed meanwhile waits for the next.
+    rig.pump.set_reading(true);
+    drive(&mut rig.pump, |pump| pump.socket().is_none());
+    rig.stdin.write_all(b"hello").unwrap();
+    let mut server = rig.connection(2);
+    drive(&mut rig.pump, |pump| pump.bytes_out() == 5);
+    assert_eq!(read_exactly(&mut server, 5), b"hello");
+}
+
+#[test]
+fn a_reset_does_not_lose_what_came_before_it() {
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    rig.stdin.write_all(b"never read").unwrap();
+    drive(&mut rig.pump, |pump| pump.bytes_out() == 10);
+    server.write_all(b"last words").unwrap();
+    // A connection closed with bytes unread is reset. Something to send then fails before the rest is read.
+    drop(server);
+    rig.stdin.write_all(b"kept").unwrap();
+    let mut server = rig.connection(2);
+    drive(&mut rig.pump, Pump::flushed);
+    assert_eq!(read_exactly(&mut rig.stdout, 10), b"last words");
+    assert_eq!(read_exactly(&mut server, 4), b"kept");
+    assert_eq!(rig.pump.bytes_out(), 14);
+}
+
+#[test]
+fn it_gives_up_in_the_end_and_not_before_all_is_written() {
+    // Bytes that wait for stdout, more than a pipe holds, and a server that has been gone for a while.
+    let bytes = noise(100_000, 6);
+    let mut state = PumpState { unwritten: bytes.clone(), ..PumpState::default() };
+    for _ in 0..MAX_ERRORS - 3 {
+        state.reconnect.failed("refused", Instant::now()).unwrap();
+    }
+    let (stdin, _typist) = pipe().unwrap();
+    let (stdout, stdout_writer) = pipe().unwrap();
+    let config = config(&TcpListener::bind("127.0.0.1:0").unwrap(), stdin.into(), stdout_writer.into());
+    let mut pump = Pump::resume(config, state, None);
+    drive(&mut pump, |pump| matches!(pump.link, Link::GaveUp(_)));
+    assert_idle(&mut pump);
+
+    let reader = read_meanwhile(stdout, 100_000);
+    let error = try_drive(&mut pump, |_| false).unwrap_err();
+    assert!(matches!(error, PumpError::GaveUp(_)), "{error}");
+    assert!(error.to_string().contains("refused"), "{error}");
+    assert!(reader.join().unwrap().0 == bytes);
+}
+
+#[test]
+fn errors_and_the_pause_after_them_travel() {
+    let mut rig = Rig::new();
+    // Nobody listens there any more.
+    rig.listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let errors = |pump: &Pump| pump.state().reconnect.delay();
+    drive(&mut rig.pump, |pump| errors(pump) >= Duration::from_millis(64));
+    let before = errors(&rig.pump);
+    let pump = hand_over(rig.pump, true);
+    assert_eq!(errors(&pump), before);
+    assert!(matches!(pump.link, Link::Waiting { until } if until > Instant::now()));
+}
+
+#[test]
+fn a_reader_of_stdout_that_goes_ends_it() {
+    // While nothing is to be written …
+    let mut rig = Rig::new();
+    let _server = rig.connect();
+    drop(rig.stdout);
+    let error = rig.pump.turn(&[], None).unwrap_err();
+    assert!(matches!(error, PumpError::StdoutClosed { unwritten: 0 }), "{error}");
+
+    // … and while something is.
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    server.write_all(&noise(100_000, 7)).unwrap();
+    drive(&mut rig.pump, |pump| pump.bytes_in() == 100_000);
+    let unwritten = rig.pump.unwritten();
+    drop(rig.stdout);
+    let error = rig.pump.turn(&[], None).unwrap_err();
+    assert!(
+        matches!(error, PumpError::StdoutClosed { unwritten: count } if count == unwritten && count > 0),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_full_disk_is_an_error_after_which_the_bytes_are_still_there() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut pump =
+        Pump::resume(config(&listener, pipe().unwrap().0.into(), full.into()), PumpState::default(), None);
+    drive(&mut pump, |pump| pump.socket().is_some());
+    listener.accept().unwrap().0.write_all(b"hello").unwrap();
+    let error = try_drive(&mut pump, |_| false).unwrap_err();
+    assert!(matches!(error, PumpError::Stdout { unwritten: 5, .. }), "{error}");
+    assert_eq!(pump.unwritten(), 5);
+}
+
+#[test]
+fn the_end_of_stdin_is_not_the_end() {
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    rig.stdin.write_all(b"bye").unwrap();
+    drop(rig.stdin);
+    drive(&mut rig.pump, |pump| !pump.state().stdin_open && pump.bytes_out() == 3);
+    assert_eq!(read_exactly(&mut server, 3), b"bye");
+    // The server sees no end-of-file, and its bytes go on, also in a successor.
+    server.set_nonblocking(true).unwrap();
+    let error = server.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    let mut pump = hand_over(rig.pump, true);
+    assert!(!pump.state().stdin_open);
+    server.write_all(b"still here").unwrap();
+    drive(&mut pump, |pump| pump.bytes_in() == 10 && pump.flushed());
+    assert_eq!(read_exactly(&mut rig.stdout, 10), b"still here");
+}
+
+#[test]
+fn files_serve_as_stdin_and_stdout() {
+    const SIZE: usize = 1024 * 1024;
+    let bytes = noise(SIZE, 8);
+    let mut stdin = tempfile::tempfile().unwrap();
+    stdin.write_all(&bytes).unwrap();
+    stdin.rewind().unwrap();
+    let mut stdout = tempfile::tempfile().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let output = stdout.try_clone().unwrap();
+    let mut pump = Pump::resume(config(&listener, stdin.into(), output.into()), PumpState::default(), None);
+    drive(&mut pump, |pump| pump.socket().is_some());
+    let server = listener.accept().unwrap().0;
+    let echo = thread::spawn(move || {
+        let (mut server, mut to) = (server.try_clone().unwrap().take(SIZE as u64), server);
+        std::io::copy(&mut server, &mut to).unwrap();
+        to
+    });
+    let mut turns = 0;
+    while !(pump.bytes_in() == SIZE as u64 && pump.flushed()) {
+        pump.turn(&[], Some(Instant::now() + TICK)).unwrap();
+        turns += 1;
+        assert!(turns < 1_000_000, "waited for too long");
+        if turns % 7 == 0 {
+            pump = hand_over(pump, false);
+        }
+    }
+    let _server = echo.join().unwrap();
+    drive(&mut pump, |pump| !pump.state().stdin_open);
+    assert_idle(&mut pump);
+    let mut written = Vec::new();
+    stdout.rewind().unwrap();
+    stdout.read_to_end(&mut written).unwrap();
+    assert!(written == bytes);
+}
+
+#[test]
+fn without_reading_it_only_flushes() {
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    rig.stdin.write_all(b"typed").unwrap();
+    server.write_all(b"sent").unwrap();
+    drive(&mut rig.pump, |pump| pump.unsent() == 5 || pump.bytes_out() == 5);
+    drive(&mut rig.pump, |pump| pump.bytes_in() == 4);
+    rig.pump.set_reading(false);
+    rig.stdin.write_all(b"later").unwrap();
+    server.write_all(b"later").unwrap();
+    drive(&mut rig.pump, Pump::flushed);
+    assert_idle(&mut rig.pump);
+    assert_eq!((rig.pump.bytes_in(), rig.pump.bytes_out()), (4, 5));
+    rig.pump.set_reading(true);
+    drive(&mut rig.pump, |pump| pump.bytes_in() == 9 && pump.bytes_out() == 10);
+}
+
+#[test]
+fn the_callers_descriptors_are_polled_too() {
+    let mut rig = Rig::new();
+    let _server = rig.connect();
+    let (quiet, _keep) = pipe().unwrap();
+    let (loud, mut writer) = pipe().unwrap();
+    writer.write_all(b"x").unwrap();
+    let extra = [
+        PollFd::new(&quiet, PollFlags::IN),
+        PollFd::new(&loud, PollFlags::IN),
+        PollFd::new(&writer, PollFlags::OUT),
+    ];
+    let turn = rig.pump.turn(&extra, None).unwrap();
+    assert_eq!(turn.extra, [PollFlags::empty(), PollFlags::IN, PollFlags::OUT]);
+}
+
+#[test]
+fn a_state_of_another_version_can_be_read() {
+    assert_eq!(serde_json::from_str::<PumpState>("{}").unwrap(), PumpState::default());
+    let newer = r#"{"unsent":[104,105],"stdin_open":false,"invented_later":{"a":1}}"#;
+    let state: PumpState = serde_json::from_str(newer).unwrap();
+    assert_eq!((&state.unsent[..], state.stdin_open), (&b"hi"[..], false));
+}

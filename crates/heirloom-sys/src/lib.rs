@@ -1,0 +1,8 @@
+//! The few system calls that Heirloom needs and `rustix` lacks, as safe functions.
+//!
+//! This is the only crate of the workspace with unsafe code; each block says why it is sound.
+
+mod option;
+mod peer;
+
+pub use peer::{Credentials, peer_credentials, peer_pidfd};

@@ -1,0 +1,24 @@
+//! What an operator may want to set: who may ask, how much is accepted, how long is waited.
+
+use crate::limits::Limits;
+use crate::peer::PeerPolicy;
+use crate::protocol::Times;
+
+/// The settings of either side; the defaults suit most programs.
+///
+/// ```
+/// use heirloom::Config;
+/// use std::time::Duration;
+///
+/// let mut config = Config::default();
+/// config.times.ready = Duration::from_secs(120);
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// Which users' processes may ask anything at the control socket.
+    pub peers: PeerPolicy,
+    /// What is accepted from the other side at most.
+    pub limits: Limits,
+    /// How long each side waits for the other.
+    pub times: Times,
+}

@@ -1,0 +1,62 @@
+//! Heirloom hands a running server's sockets, live connections and state to the process that replaces it: on a restart,
+//! an upgrade or a new configuration. Clients notice nothing; no byte is lost, repeated or reordered.
+//!
+//! A process that serves is an [`Incumbent`]: it answers at a control socket and can be asked for a takeover. One that
+//! is to replace it calls [`start`], gets a [`Successor`], and with it everything: first the [`Bundle`] of descriptors
+//! and state while the incumbent goes on serving, then, in a short freeze, what has changed since. The takeover is a
+//! transaction: either the successor serves everything, or the incumbent goes on as if nothing had happened. Who may
+//! touch the descriptors at which moment is decided by two state machines without I/O, in [`protocol`].
+//!
+//! ```no_run
+//! use heirloom::{Bundle, Config, NoRequests, Replace, Service, Start};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let service = Service::new("echo 127.0.0.1:7");
+//! let (bundle, incumbent) = match heirloom::start::<NoRequests>(
+//!     "/run/echo/echo.sock".as_ref(), service, Config::default(), Replace::Try)?
+//! {
+//!     Start::Fresh(incumbent) => (Bundle::new(), incumbent),
+//!     Start::Successor(successor) => {
+//!         let taken = successor.receive()?.ready()?.accept()?;
+//!         (taken.bundle, taken.incumbent)
+//!     }
+//!     Start::Older(_) => return Err("an incumbent of another kind".into()),
+//! };
+//! // Serve; see `Incumbent` for its part in the event loop.
+//! # drop((bundle, incumbent)); Ok(()) }
+//! ```
+//!
+//! Linux only. Sealed memfds need 3.17, pidfds 5.3; SO_PEERPIDFD (6.5) closes the last race in telling who the other
+//! process is, and has a fallback.
+#![forbid(unsafe_code)]
+
+pub mod bundle;
+pub mod channel;
+mod clock;
+pub mod codec;
+pub mod config;
+pub mod control;
+pub mod descriptors;
+pub mod item;
+pub mod kind;
+pub mod limits;
+pub mod lock;
+pub mod manifest;
+pub mod peer;
+pub mod protocol;
+pub mod runtime;
+pub mod service;
+pub mod transport;
+
+pub use bundle::{Bundle, BundleError, Taken as TakenItem};
+pub use codec::{Cbor, Codec, CodecError};
+pub use config::Config;
+pub use control::request::{NoRequests, VersionRange};
+pub use item::{CONTROL_NAME, Entry, Item, ItemId, RESERVED_PREFIX, Typed};
+pub use kind::Kind;
+pub use limits::Limits;
+pub use service::Service;
+pub use transport::socket::{
+    Asked, Batch, Complete, ConnectionId, Freeze, HandoverError, Incumbent, Offer, Offered, OlderIncumbent,
+    Outcome, Replace, Start, StartError, Successor, Taken, TakenBy, TakeoverError, Turn, start,
+};

@@ -1,0 +1,3 @@
+//! The ways in which a bundle travels.
+
+pub mod socket;

@@ -1,0 +1,469 @@
+//! The successor's side: a blocking conversation, since a process that does not serve yet has nothing else to do.
+//!
+//! Each stage is a type, and each can only go on to the next or be dropped, which withdraws: [`Successor`] (admitted)
+//! → [`Offered`] (holds every early descriptor; the incumbent still serves) → [`Complete`] (holds everything; the
+//! incumbent is frozen) → [`Taken`] (serves). Only the last gives descriptors away; before it they can be looked at
+//! and registered with a poller, but a borrowed descriptor must not be read, written or changed: the file description
+//! is the incumbent's.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use serde::de::DeserializeOwned;
+
+use super::Incumbent;
+use crate::bundle::{Bundle, BundleError};
+use crate::channel::{Channel, Incoming, SendError};
+use crate::clock;
+use crate::config::Config;
+use crate::control::path::relisten;
+use crate::control::request::Welcome;
+use crate::control::status::LastTakeover;
+use crate::item::{Entry, ItemId};
+use crate::lock::{Holding, LockFile};
+use crate::manifest::{Base, Delta, Header, ServiceRecord, read_sealed};
+use crate::peer::Peer;
+use crate::protocol::{
+    self, Cause, Reason, Step, SuccessorAction, SuccessorOutcome, ToIncumbent, ToSuccessor,
+};
+use crate::service::Service;
+
+/// How soon a packet that the kernel had no room for is tried again.
+const RETRY: Duration = Duration::from_millis(1);
+
+/// Why a takeover that was admitted did not happen. The incumbent, if it lives, serves on.
+///
+/// ```
+/// fn explain(error: &heirloom::TakeoverError) -> String {
+///     match error {
+///         heirloom::TakeoverError::Ended(reason) => format!("rolled back {reason}"),
+///         other => other.to_string(),
+///     }
+/// }
+/// ```
+#[derive(Debug, thiserror::Error)]
+pub enum TakeoverError {
+    /// It ended at this step, for this reason.
+    #[error("the takeover ended {0}; the incumbent serves on")]
+    Ended(Reason),
+    /// The successor serves in name, but its own descriptors fail: it cannot go on.
+    #[error("took over, but cannot serve: {0}")]
+    Serving(#[source] io::Error),
+}
+
+/// A successor that was admitted: the incumbent prepares its offer.
+#[derive(Debug)]
+pub struct Successor {
+    takeover: Box<Takeover>,
+}
+
+/// What the conversation has brought so far, and the means to go on with it.
+#[derive(Debug)]
+struct Takeover {
+    machine: protocol::Successor,
+    channel: Channel,
+    channel_closed: bool,
+    incumbent: Peer,
+    incumbent_exited: bool,
+    welcome: Welcome,
+    lock: Holding,
+    path: PathBuf,
+    service: Service,
+    config: Config,
+    /// Until every early descriptor is there; then it is in the bundle.
+    base: Option<Base>,
+    base_crc: u32,
+    delta: Option<Delta>,
+    frozen_at_ns: u64,
+    /// Descriptors that are not in the bundle yet.
+    arrived: BTreeMap<ItemId, OwnedFd>,
+    /// Items of the base that had ended before they were sent; the delta has to say so.
+    missing: Vec<Entry>,
+    bundle: Bundle,
+    bytes: u64,
+    items: u64,
+    started: Instant,
+}
+
+/// Where the conversation waits for the application.
+enum Stop {
+    Prepare,
+    Decide,
+    End(SuccessorOutcome),
+}
+
+impl Successor {
+    pub(super) fn new(
+        channel: Channel,
+        incumbent: Peer,
+        welcome: Welcome,
+        lock: LockFile,
+        path: &Path,
+        service: Service,
+        config: Config,
+    ) -> Self {
+        let now = Instant::now();
+        Successor {
+            takeover: Box::new(Takeover {
+                machine: protocol::Successor::new(now, config.times),
+                channel,
+                channel_closed: false,
+                incumbent,
+                incumbent_exited: false,
+                welcome,
+                lock: Holding::Free(lock),
+                path: path.into(),
+                service,
+                config,
+                base: None,
+                base_crc: 0,
+                delta: None,
+                frozen_at_ns: 0,
+                arrived: BTreeMap::new(),
+                missing: Vec::new(),
+                bundle: Bundle::new(),
+                bytes: 0,
+                items: 0,
+                started: now,
+            }),
+        }
+    }
+
+    /// The incumbent's process.
+    pub fn incumbent(&self) -> &Peer {
+        &self.takeover.incumbent
+    }
+
+    /// What the incumbent said of itself.
+    pub fn welcome(&self) -> &Welcome {
+        &self.takeover.welcome
+    }
+
+    /// Waits for the offer: the base manifest, and every descriptor in it.
+    ///
+    /// # Errors
+    ///
+    /// The incumbent withdrew, died, or sent what cannot be used.
+    pub fn receive(mut self) -> Result<Offered, TakeoverError> {
+        match self.takeover.run() {
+            Stop::Prepare => Ok(Offered { takeover: self.takeover }),
+            stop => Err(self.takeover.ended(stop)),
+        }
+    }
+}
+
+/// Everything that travels early has arrived; the incumbent still serves.
+#[derive(Debug)]
+pub struct Offered {
+    takeover: Box<Takeover>,
+}
+
+impl Offered {
+    /// What was offered. Its state may change until the freeze. Descriptors may be registered with a poller, and
+    /// nothing else: see [`Bundle::descriptor`].
+    pub fn bundle(&self) -> &Bundle {
+        &self.takeover.bundle
+    }
+
+    /// Says that this process could serve at once, and waits for the incumbent to freeze.
+    ///
+    /// # Errors
+    ///
+    /// The incumbent withdrew, died, or sent what cannot be used.
+    pub fn ready(mut self) -> Result<Complete, TakeoverError> {
+        self.takeover.machine.ready(Instant::now());
+        match self.takeover.run() {
+            Stop::Decide => Ok(Complete { takeover: self.takeover }),
+            stop => Err(self.takeover.ended(stop)),
+        }
+    }
+
+    /// Gives up, and tells the incumbent why.
+    pub fn withdraw(self, why: impl ToString) {
+        self.takeover.withdraw(&why.to_string());
+    }
+}
+
+/// Everything has arrived and was checked; the incumbent is frozen and waits.
+#[derive(Debug)]
+pub struct Complete {
+    takeover: Box<Takeover>,
+}
+
+impl Complete {
+    /// Everything, as it is at the freeze.
+    pub fn bundle(&self) -> &Bundle {
+        &self.takeover.bundle
+    }
+
+    /// Accepts: takes the service lock when the incumbent has released it, commits, and serves.
+    ///
+    /// # Errors
+    ///
+    /// The incumbent resumed, or another process holds the lock.
+    pub fn accept<A: DeserializeOwned>(mut self) -> Result<Taken<A>, TakeoverError> {
+        self.takeover.machine.accept(Instant::now());
+        match self.takeover.run() {
+            Stop::End(SuccessorOutcome::Serve) => self.takeover.serve(),
+            stop => Err(self.takeover.ended(stop)),
+        }
+    }
+
+    /// Gives up, and tells the incumbent why.
+    pub fn withdraw(self, why: impl ToString) {
+        self.takeover.withdraw(&why.to_string());
+    }
+}
+
+/// The takeover has succeeded: this process serves.
+#[derive(Debug)]
+pub struct Taken<A> {
+    /// Everything that was handed over.
+    pub bundle: Bundle,
+    /// The serving side: the control socket and the service lock are ours.
+    pub incumbent: Incumbent<A>,
+    /// Who served before.
+    pub from: Peer,
+    /// From the incumbent's freeze to now. Needs both in one time namespace.
+    pub pause: Duration,
+}
+
+impl Takeover {
+    /// Drives the conversation until it waits for the application or has ended.
+    fn run(&mut self) -> Stop {
+        loop {
+            let now = Instant::now();
+            while let Some(action) = self.machine.poll() {
+                match action {
+                    SuccessorAction::Send(message) => self.send(&message),
+                    SuccessorAction::Prepare => match self.check_offer() {
+                        Ok(()) => return Stop::Prepare,
+                        Err(error) => self.machine.abort(error),
+                    },
+                    SuccessorAction::Decide => match self.check_everything() {
+                        Ok(()) => return Stop::Decide,
+                        Err(error) => self.machine.abort(error),
+                    },
+                    SuccessorAction::Lock => {
+                        if self.lock.try_take() {
+                            self.machine.locked();
+                        } else {
+                            self.machine.lock_held(now);
+                        }
+                    }
+                    SuccessorAction::Commit => self.commit(),
+                    SuccessorAction::Unlock => self.lock.release(),
+                    SuccessorAction::End(outcome) => return Stop::End(outcome),
+                }
+            }
+            if let Err(error) = self.wait() {
+                self.machine.abort(format_args!("cannot wait for the incumbent: {error}"));
+            }
+            self.machine.handle_timeout(Instant::now());
+        }
+    }
+
+    /// Waits for a packet, the incumbent's exit, or the machine's deadline, and feeds it what has come.
+    fn wait(&mut self) -> io::Result<()> {
+        let timeout = self.machine.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
+        let mut fds = Vec::with_capacity(2);
+        if !self.channel_closed {
+            fds.push(PollFd::new(&self.channel, PollFlags::IN));
+        }
+        let watched = self.incumbent.pidfd().filter(|_| !self.incumbent_exited);
+        if let Some(pidfd) = &watched {
+            fds.push(PollFd::new(pidfd, PollFlags::IN));
+        }
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let exited = watched.is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty());
+        // In this order: what an exited process has sent is all in the channel by now.
+        self.receive_all();
+        if exited {
+            self.incumbent_exited = true;
+            self.machine.handle_exited(Instant::now());
+        }
+        Ok(())
+    }
+
+    fn receive_all(&mut self) {
+        while !self.channel_closed {
+            let now = Instant::now();
+            match self.channel.receive() {
+                Ok(Incoming::Empty) => return,
+                Ok(Incoming::Packet { bytes, descriptors }) => {
+                    let result = ToSuccessor::from_packet(&bytes, descriptors.len())
+                        .map_err(|error| error.to_string())
+                        .and_then(|message| self.keep(&message, descriptors).map(|()| message));
+                    match result {
+                        Ok(message) => self.machine.handle(now, message),
+                        Err(what) => self.machine.handle_nonsense(what),
+                    }
+                    // Credits and the like go out at once; what is for the application stays.
+                    if matches!(self.machine.outcome(), Some(SuccessorOutcome::Failed(_))) {
+                        return;
+                    }
+                }
+                Ok(Incoming::Closed) => {
+                    self.channel_closed = true;
+                    self.machine.handle_closed(now);
+                }
+                Err(error) => {
+                    self.machine.abort(format_args!("cannot receive: {error}"));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Keeps what came beside a message.
+    fn keep(&mut self, message: &ToSuccessor, mut descriptors: Vec<OwnedFd>) -> Result<(), String> {
+        match message {
+            ToSuccessor::Offer => {
+                let bytes = self.read(descriptors.pop(), "the base manifest")?;
+                let base = Base::decode(&bytes, &self.config.limits).map_err(|e| e.to_string())?;
+                base.check_sections(&[]).map_err(|e| e.to_string())?;
+                self.base = Some(base);
+                self.base_crc = Header::read(&bytes).map_err(|e| e.to_string())?.crc;
+            }
+            ToSuccessor::Batch { ids } => {
+                self.items += ids.len() as u64;
+                for (&id, descriptor) in ids.iter().zip(descriptors) {
+                    if self.arrived.insert(id, descriptor).is_some() {
+                        return Err(format!("item {id} was sent twice"));
+                    }
+                }
+                if self.arrived.len() > self.config.limits.items {
+                    return Err(format!("more than {} items", self.config.limits.items));
+                }
+            }
+            ToSuccessor::Freeze => {
+                let bytes = self.read(descriptors.pop(), "the delta")?;
+                let delta = Delta::decode(&bytes, &self.config.limits).map_err(|e| e.to_string())?;
+                self.delta = Some(delta);
+            }
+            ToSuccessor::Offered | ToSuccessor::Released | ToSuccessor::Abort { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, memfd: Option<OwnedFd>, what: &str) -> Result<Vec<u8>, String> {
+        let memfd = memfd.ok_or_else(|| format!("{what} did not come"))?;
+        let bytes = read_sealed(&memfd, self.config.limits.manifest_bytes)
+            .map_err(|error| format!("{what}: {error}"))?;
+        self.bytes += bytes.len() as u64;
+        Ok(bytes)
+    }
+
+    /// Puts base manifest and descriptors together and checks them, ahead of the freeze.
+    fn check_offer(&mut self) -> Result<(), BundleError> {
+        let mut base = self.base.take().unwrap_or_default();
+        let arrived = std::mem::take(&mut self.arrived);
+        let (items, missing) = base.items.into_iter().partition(|entry| arrived.contains_key(&entry.id));
+        base.items = items;
+        self.missing = missing;
+        self.bundle = Bundle::from_parts(base, arrived)?;
+        Ok(())
+    }
+
+    /// Brings the bundle up to date: each item has its descriptor, and nothing else has come.
+    fn check_everything(&mut self) -> Result<(), BundleError> {
+        let mut delta = self.delta.take().unwrap_or_default();
+        delta.check_sections(&[])?;
+        for entry in self.missing.drain(..) {
+            match delta.ended.binary_search(&entry.id) {
+                Ok(at) => drop(delta.ended.remove(at)),
+                Err(_) => return Err(BundleError::NoDescriptor { item: entry.to_string() }),
+            }
+        }
+        self.frozen_at_ns = delta.frozen_at_ns;
+        self.bundle.apply(delta, self.base_crc, std::mem::take(&mut self.arrived))
+    }
+
+    fn send(&mut self, message: &ToIncumbent) {
+        match self.send_patiently(message) {
+            Ok(()) => {}
+            Err(SendError::Closed) => {
+                self.receive_all();
+                self.machine.handle_closed(Instant::now());
+            }
+            Err(error) => self.machine.abort(format_args!("cannot send to the incumbent: {error}")),
+        }
+    }
+
+    fn commit(&mut self) {
+        match self.send_patiently(&ToIncumbent::Taken) {
+            Ok(()) => self.machine.committed(),
+            Err(SendError::Closed) => self.machine.refused(Instant::now()),
+            Err(error) => {
+                self.machine.abort(format_args!("cannot commit: {error}"));
+            }
+        }
+    }
+
+    /// Sends a packet. The queue has room for all that this side ever sends; a kernel short of memory is waited out.
+    fn send_patiently(&mut self, message: &ToIncumbent) -> Result<(), SendError> {
+        let packet = message.to_packet();
+        let give_up = Instant::now() + self.config.times.released;
+        loop {
+            match self.channel.send(&packet, &[]) {
+                Err(SendError::Full) if Instant::now() < give_up => std::thread::sleep(RETRY),
+                other => return other,
+            }
+        }
+    }
+
+    fn withdraw(mut self: Box<Self>, why: &str) {
+        self.machine.abort(why);
+        let stop = self.run();
+        self.ended(stop);
+    }
+
+    /// Closes what was received, knowingly, and says why.
+    fn ended(mut self: Box<Self>, stop: Stop) -> TakeoverError {
+        let _ = std::mem::take(&mut self.bundle).close_rest();
+        match stop {
+            Stop::End(SuccessorOutcome::Failed(reason)) => TakeoverError::Ended(reason),
+            _ => TakeoverError::Ended(Reason {
+                step: Step::Offer,
+                cause: Cause::Local("the incumbent skipped a step".into()),
+            }),
+        }
+    }
+
+    fn serve<A: DeserializeOwned>(mut self: Box<Self>) -> Result<Taken<A>, TakeoverError> {
+        let pause = Duration::from_nanos(clock::monotonic_ns().saturating_sub(self.frozen_at_ns));
+        let mut bundle = std::mem::take(&mut self.bundle);
+        let listener = bundle.take_id::<UnixListener>(ItemId::CONTROL);
+        let listener = listener.map_err(|error| TakeoverError::Serving(io::Error::other(error)))?.descriptor;
+        // From now on those who connect are to see our credentials, not our ancestor's.
+        relisten(&listener).map_err(TakeoverError::Serving)?;
+        let Holding::Held(lock) = std::mem::replace(&mut self.lock, Holding::Moving) else {
+            return Err(TakeoverError::Serving(io::Error::other("the service lock is not held")));
+        };
+        let record =
+            ServiceRecord { generation: bundle.service().generation + 1, ..bundle.service().clone() };
+        let last = LastTakeover {
+            outcome: "taken".into(),
+            reason: None,
+            peer_pid: self.incumbent.pid,
+            items: self.items,
+            bytes: self.bytes,
+            pause_us: Some(pause.as_micros() as u64),
+            total_us: self.started.elapsed().as_micros() as u64,
+            at_unix_ms: clock::unix_ms(),
+        };
+        let incumbent =
+            Incumbent::serve(listener, &self.path, lock, self.service, self.config, record, Some(last))
+                .map_err(TakeoverError::Serving)?;
+        Ok(Taken { bundle, incumbent, from: self.incumbent, pause })
+    }
+}

@@ -1,0 +1,201 @@
+//! A takeover as it runs at the incumbent: the machine, the channel, and the manifest that was offered.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use crate::channel::{Channel, Incoming, SendError};
+use crate::clock;
+use crate::control::request::Hello;
+use crate::item::ItemId;
+use crate::manifest::Base;
+use crate::peer::Peer;
+use crate::protocol::{self, IncumbentAction, ToIncumbent, ToSuccessor};
+
+/// How soon a packet that the kernel had no room for is tried again.
+const RETRY: Duration = Duration::from_millis(1);
+
+pub(super) struct Takeover {
+    pub(super) machine: protocol::Incumbent,
+    pub(super) channel: Channel,
+    pub(super) successor: Peer,
+    pub(super) hello: Hello,
+    pub(super) started: Instant,
+    pub(super) offered: Option<Offered>,
+    pub(super) frozen_at_ns: Option<u64>,
+    /// The sealed delta, from the freeze until it is sent.
+    pub(super) delta: Option<OwnedFd>,
+    pub(super) items: u64,
+    pub(super) bytes: u64,
+    /// What only the application can do next.
+    pub(super) want: Option<Want>,
+    /// A packet for which there was no room, and when to try it again.
+    blocked: Option<(ToSuccessor, Instant)>,
+    pub(super) channel_closed: bool,
+}
+
+/// The base manifest as it was sent.
+pub(super) struct Offered {
+    pub(super) base: Base,
+    pub(super) crc: u32,
+    pub(super) memfd: OwnedFd,
+}
+
+/// What the application is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Want {
+    Offer,
+    Batch(Vec<ItemId>),
+    Freeze,
+}
+
+/// What the incumbent itself has to do for the machine.
+pub(super) enum Task {
+    Unlock,
+    Relock,
+    End(protocol::IncumbentOutcome),
+}
+
+impl Takeover {
+    pub(super) fn new(machine: protocol::Incumbent, channel: Channel, successor: Peer, hello: Hello) -> Self {
+        Takeover {
+            machine,
+            channel,
+            successor,
+            hello,
+            started: Instant::now(),
+            offered: None,
+            frozen_at_ns: None,
+            delta: None,
+            items: 0,
+            bytes: 0,
+            want: None,
+            blocked: None,
+            channel_closed: false,
+        }
+    }
+
+    /// Carries out what the machine asks, until it waits for something, the application, or the incumbent.
+    pub(super) fn run(&mut self, now: Instant) -> Option<Task> {
+        loop {
+            if self.machine.is_ending() {
+                self.want = None;
+                self.blocked.take_if(|(message, _)| !matches!(message, ToSuccessor::Abort { .. }));
+            }
+            if self.want.is_some() {
+                return None;
+            }
+            if let Some((message, when)) = self.blocked.take() {
+                if now < when {
+                    self.blocked = Some((message, when));
+                    return None;
+                }
+                self.send(now, message);
+                continue;
+            }
+            match self.machine.poll(now)? {
+                IncumbentAction::PrepareOffer => self.want = Some(Want::Offer),
+                IncumbentAction::Send(ToSuccessor::Batch { ids }) => self.want = Some(Want::Batch(ids)),
+                IncumbentAction::Send(message) => self.send(now, message),
+                IncumbentAction::Freeze => {
+                    self.frozen_at_ns = Some(clock::monotonic_ns());
+                    self.want = Some(Want::Freeze);
+                }
+                IncumbentAction::Drain => {
+                    let _ = self.channel.shutdown_receive();
+                    self.receive_all(now);
+                    self.machine.drained(now);
+                }
+                IncumbentAction::Fence => {
+                    if let Err(error) = self.successor.kill() {
+                        tracing::warn!(successor = %self.successor, %error, "cannot end a lingering successor");
+                    }
+                }
+                IncumbentAction::Unlock => return Some(Task::Unlock),
+                IncumbentAction::Relock => return Some(Task::Relock),
+                IncumbentAction::End(outcome) => return Some(Task::End(outcome)),
+            }
+        }
+    }
+
+    /// Sends a batch of descriptors; those that have ended meanwhile are left out.
+    pub(super) fn send_batch<'d>(
+        &mut self,
+        now: Instant,
+        ids: Vec<ItemId>,
+        descriptor: &mut dyn FnMut(ItemId) -> Option<BorrowedFd<'d>>,
+    ) {
+        let (alive, descriptors): (Vec<ItemId>, Vec<BorrowedFd<'_>>) =
+            ids.iter().filter_map(|&id| Some((id, descriptor(id)?))).unzip();
+        let count = alive.len() as u64;
+        let packet = ToSuccessor::Batch { ids: alive }.to_packet();
+        match self.channel.send(&packet, &descriptors) {
+            Ok(()) => self.items += count,
+            Err(SendError::Full | SendError::InFlight { .. }) => {
+                self.blocked = Some((ToSuccessor::Batch { ids }, now + RETRY));
+            }
+            Err(error) => self.send_failed(now, error),
+        }
+    }
+
+    /// Feeds everything that has arrived to the machine.
+    pub(super) fn receive_all(&mut self, now: Instant) {
+        while !self.channel_closed {
+            match self.channel.receive() {
+                Ok(Incoming::Empty) => return,
+                Ok(Incoming::Packet { bytes, descriptors }) => {
+                    match ToIncumbent::from_packet(&bytes, descriptors.len()) {
+                        Ok(message) => self.machine.handle(now, message),
+                        Err(error) => self.machine.handle_nonsense(error),
+                    }
+                }
+                Ok(Incoming::Closed) => {
+                    self.channel_closed = true;
+                    self.machine.handle_closed(now);
+                }
+                Err(error) => {
+                    self.channel_closed = true;
+                    self.machine.handle_nonsense(error);
+                    self.machine.handle_closed(now);
+                }
+            }
+        }
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let blocked = self.blocked.as_ref().map(|(_, when)| *when);
+        [self.machine.deadline(), blocked].into_iter().flatten().min()
+    }
+
+    fn send(&mut self, now: Instant, message: ToSuccessor) {
+        if let ToSuccessor::Batch { ids } = message {
+            self.want = Some(Want::Batch(ids));
+            return;
+        }
+        let attached = match &message {
+            ToSuccessor::Offer => self.offered.as_ref().map(|offered| offered.memfd.as_fd()),
+            ToSuccessor::Freeze => self.delta.as_ref().map(AsFd::as_fd),
+            _ => None,
+        };
+        let descriptors: Vec<BorrowedFd<'_>> = attached.into_iter().collect();
+        match self.channel.send(&message.to_packet(), &descriptors) {
+            Ok(()) => {}
+            Err(SendError::Full | SendError::InFlight { .. }) => {
+                // Behind an Abort that does not fit nothing may happen: a successor that does not read is ended.
+                if matches!(message, ToSuccessor::Abort { .. }) {
+                    let _ = self.successor.kill();
+                }
+                self.blocked = Some((message, now + RETRY));
+            }
+            Err(error) => self.send_failed(now, error),
+        }
+    }
+
+    fn send_failed(&mut self, now: Instant, error: SendError) {
+        // What the successor sent before it closed says more than the failed send: read it first.
+        self.receive_all(now);
+        match error {
+            SendError::Closed => self.machine.handle_closed(now),
+            error => self.machine.abort(format_args!("cannot send to the successor: {error}")),
+        }
+    }
+}
