@@ -1,0 +1,137 @@
+//! The demonstration's processes: this same program, with its output collected as it comes.
+
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+/// How long the demonstration waits for anything before it gives up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A child process. It is killed, by its handle, when the demonstration ends before it.
+pub(super) struct Process {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    output: Arc<Mutex<Output>>,
+    reader: Option<JoinHandle<()>>,
+    /// How many bytes of the output [`Process::expect_line`] has used up.
+    heard: usize,
+}
+
+#[derive(Default)]
+struct Output {
+    bytes: Vec<u8>,
+    lines: u64,
+    ended: bool,
+}
+
+impl Process {
+    /// Starts this program with these arguments.
+    pub(super) fn start(arguments: &[&str]) -> anyhow::Result<Process> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start a process of the demonstration")?;
+        let output: Arc<Mutex<Output>> = Arc::default();
+        let into = output.clone();
+        let mut stdout = child.stdout.take().context("the child's stdout is a pipe")?;
+        let reader = std::thread::spawn(move || {
+            let mut buffer = vec![0; 64 * 1024];
+            while let Ok(n @ 1..) = stdout.read(&mut buffer) {
+                let mut output = into.lock().unwrap_or_else(PoisonError::into_inner);
+                output.bytes.extend_from_slice(&buffer[..n]);
+                output.lines += buffer[..n].iter().filter(|&&byte| byte == b'\n').count() as u64;
+            }
+            into.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
+        });
+        Ok(Process { stdin: child.stdin.take(), child, output, reader: Some(reader), heard: 0 })
+    }
+
+    /// Waits for the next line, which has to begin with `prefix`, and returns the rest; a JSON object whole.
+    pub(super) fn expect_line(&mut self, prefix: &str) -> anyhow::Result<String> {
+        let mut line = None;
+        wait_until("a process of the demonstration", || {
+            let output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+            let rest = &output.bytes[self.heard..];
+            match rest.iter().position(|&byte| byte == b'\n') {
+                Some(end) => line = Some(String::from_utf8_lossy(&rest[..end]).into_owned()),
+                None if output.ended => bail!("a process of the demonstration ended early"),
+                None => {}
+            }
+            Ok(line.is_some())
+        })?;
+        let line = line.unwrap_or_default();
+        self.heard += line.len() + 1;
+        match line.strip_prefix(prefix) {
+            Some(_) if prefix == "{" => Ok(line),
+            Some(rest) => Ok(rest.to_string()),
+            None => bail!("a process of the demonstration says {line:?} instead of {prefix:?}"),
+        }
+    }
+
+    pub(super) fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        let stdin = self.stdin.as_mut().context("stdin is still open")?;
+        stdin.write_all(bytes).context("a process of the demonstration does not read its stdin")
+    }
+
+    pub(super) fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    pub(super) fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill().context("cannot kill a process of the demonstration")
+    }
+
+    /// Waits until it has ended and its output is complete; its exit code, if it was not killed.
+    pub(super) fn wait(&mut self) -> anyhow::Result<Option<i32>> {
+        let mut status = None;
+        wait_until("the end of a process of the demonstration", || {
+            status = self.child.try_wait()?;
+            Ok(status.is_some())
+        })?;
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+        Ok(status.and_then(|status| status.code()))
+    }
+
+    pub(super) fn output(&self) -> Vec<u8> {
+        self.output.lock().unwrap_or_else(PoisonError::into_inner).bytes.clone()
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.output.lock().unwrap_or_else(PoisonError::into_inner).bytes.len()
+    }
+
+    pub(super) fn lines(&self) -> u64 {
+        self.output.lock().unwrap_or_else(PoisonError::into_inner).lines
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until the condition is true.
+pub(super) fn wait_until(
+    what: &str,
+    mut condition: impl FnMut() -> anyhow::Result<bool>,
+) -> anyhow::Result<()> {
+    let give_up = Instant::now() + PATIENCE;
+    while !condition()? {
+        if Instant::now() >= give_up {
+            bail!("waited {PATIENCE:?} for {what} in vain");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
