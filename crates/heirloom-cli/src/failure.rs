@@ -3,6 +3,7 @@
 use std::fmt;
 
 use heirloom::control::{ClientError, Failure as Refusal, FailureCode};
+use heirloom::protocol::Cause;
 use heirloom::{StartError, TakeoverError};
 
 use crate::exit::Exit;
@@ -12,12 +13,14 @@ use crate::exit::Exit;
 pub(crate) struct Failure {
     /// The exit code.
     pub(crate) exit: Exit,
+    /// Whether it was a takeover that ended with the incumbent's death: there is nobody to be replaced any more.
+    pub(crate) incumbent_died: bool,
     error: anyhow::Error,
 }
 
 impl Failure {
     pub(crate) fn new(exit: Exit, error: impl Into<anyhow::Error>) -> Self {
-        Failure { exit, error: error.into() }
+        Failure { exit, incumbent_died: false, error: error.into() }
     }
 }
 
@@ -53,11 +56,13 @@ impl From<StartError> for Failure {
 
 impl From<TakeoverError> for Failure {
     fn from(error: TakeoverError) -> Self {
-        let exit = match &error {
-            TakeoverError::Ended(_) => Exit::RolledBack,
-            TakeoverError::Serving(_) => Exit::Failed,
+        let (exit, incumbent_died) = match &error {
+            TakeoverError::Ended(reason) => {
+                (Exit::RolledBack, matches!(reason.cause, Cause::Exited | Cause::Closed))
+            }
+            TakeoverError::Serving(_) => (Exit::Failed, false),
         };
-        Failure::new(exit, error)
+        Failure { incumbent_died, ..Failure::new(exit, error) }
     }
 }
 

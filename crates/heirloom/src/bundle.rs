@@ -401,6 +401,12 @@ impl Bundle {
         self.items.len()
     }
 
+    /// The id that the next new item gets, for a program that gives out ids and writes its manifest by itself.
+    #[must_use]
+    pub fn next_id(&self) -> ItemId {
+        ItemId(self.next_id)
+    }
+
     /// Whether there are no items.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -68,12 +68,10 @@ enum Mode {
 }
 
 /// The loop goes on, or the program ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
     Go,
-    /// Somebody else serves now.
-    Replaced,
-    /// Nobody serves any more.
-    Stopped,
+    End,
 }
 
 /// What came of a turn of the incumbent, once it is over.
@@ -101,23 +99,26 @@ impl Client {
         Ok(Client { incumbent, pump, signals, linger, mode: Mode::Pumping, shown: None })
     }
 
+    /// Serves until the client is replaced, stopped, or fails.
     pub(super) fn run(mut self) -> Result<Exit, Failure> {
+        let result = self.serve();
+        // Does nothing if somebody else serves by now.
+        self.incumbent.retire();
+        result
+    }
+
+    fn serve(&mut self) -> Result<Exit, Failure> {
         loop {
             self.show();
             let mut next = if self.wait()? { self.stop() } else { Next::Go };
-            if matches!(next, Next::Go) {
+            if next == Next::Go {
                 next = self.answer()?;
             }
-            if matches!(next, Next::Go) {
+            if next == Next::Go {
                 next = self.go_on()?;
             }
-            match next {
-                Next::Go => {}
-                Next::Replaced => return Ok(Exit::Done),
-                Next::Stopped => {
-                    self.incumbent.retire();
-                    return Ok(Exit::Done);
-                }
+            if next == Next::End {
+                return Ok(Exit::Done);
             }
         }
     }
@@ -184,7 +185,7 @@ impl Client {
                 self.mode = Mode::Stopping { until: Instant::now() + STOP_WITHIN };
                 Next::Go
             }
-            _ => Next::Stopped,
+            _ => Next::End,
         }
     }
 
@@ -227,7 +228,7 @@ impl Client {
         match notice {
             Notice::Thawed(Ok(Outcome::Taken(by))) => {
                 tracing::info!("replaced by {by}");
-                return Ok(Next::Replaced);
+                return Ok(Next::End);
             }
             Notice::Thawed(Ok(Outcome::Resumed(reason))) => {
                 tracing::warn!("serving on; the takeover ended {reason}");
@@ -244,7 +245,7 @@ impl Client {
             }
             Notice::Quit(connection) if self.older() == Some(connection) => {
                 tracing::info!("replaced by a program of protocol 0");
-                return Ok(Next::Replaced);
+                return Ok(Next::End);
             }
             Notice::Quit(_) => {
                 return Ok(self.stop());
@@ -282,12 +283,12 @@ impl Client {
             }
             Mode::Stopping { until } => {
                 if self.pump.flushed() {
-                    return Ok(Next::Stopped);
+                    return Ok(Next::End);
                 }
                 if now >= *until {
                     let (unwritten, unsent) = (self.pump.unwritten(), self.pump.unsent());
                     tracing::warn!(unwritten, unsent, "stopping with bytes that nobody took");
-                    return Ok(Next::Stopped);
+                    return Ok(Next::End);
                 }
             }
             Mode::Older(Older::Flushing { connection, until }) => {

@@ -68,15 +68,21 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
         ReplaceArg::Try => Replace::Try,
         ReplaceArg::Must => Replace::Must,
     };
-    let (incumbent, state, socket) =
-        match heirloom::start::<ChatRequest>(&path, service, Config::default(), replace)? {
+    let (incumbent, state, socket) = loop {
+        match heirloom::start::<ChatRequest>(&path, service.clone(), Config::default(), replace)? {
             Start::Fresh(incumbent) => {
                 tracing::info!(control = %path.display(), server = args.address, "serving");
-                (incumbent, PumpState::default(), None)
+                break (incumbent, PumpState::default(), None);
             }
-            Start::Successor(successor) => take_over(successor)?,
-            Start::Older(older) => older::take_over(older)?,
-        };
+            Start::Successor(successor) => match take_over(successor) {
+                Err(failure) if failure.incumbent_died && replace == Replace::Try => {
+                    tracing::warn!("{failure}; starting again");
+                }
+                taken => break taken?,
+            },
+            Start::Older(older) => break older::take_over(older)?,
+        }
+    };
     let config = pump::Config {
         addresses,
         input: Input::stdin().context("cannot use stdin")?,

@@ -43,6 +43,9 @@ const SPARE_DESCRIPTORS: u64 = 16;
 /// How many rounds of events one turn handles at most, so that the control socket cannot starve the service.
 const ROUNDS: usize = 16;
 
+/// How long the control socket rests when a connection could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
 const LISTENER: u64 = 0;
 const CHANNEL: u64 = 1;
 const SUCCESSOR: u64 = 2;
@@ -96,6 +99,8 @@ pub struct Incumbent<A = NoRequests> {
     notices: VecDeque<Notice<A>>,
     /// Connections that got a reply late: more lines of theirs may be waiting.
     replied: Vec<ConnectionId>,
+    /// When to accept again after that has failed.
+    listen_again: Option<Instant>,
     /// Reads a line as a request of ours or of the application.
     parse: fn(&[u8]) -> Result<Request<A>, RequestError>,
     again: bool,
@@ -218,6 +223,9 @@ impl<A> Incumbent<A> {
         for id in std::mem::take(&mut self.replied) {
             self.answer(now, id);
         }
+        if self.listen_again.take_if(|at| *at <= now).is_some() {
+            self.set_listening(true);
+        }
         for round in 0.. {
             self.run_takeover(now);
             if round == ROUNDS {
@@ -254,7 +262,10 @@ impl<A> Incumbent<A> {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept at the control socket");
+                    // Out of descriptors, most likely: looking again at once would be a busy loop.
+                    tracing::warn!(%error, "cannot accept at the control socket for now");
+                    self.set_listening(false);
+                    self.listen_again = Some(now + ACCEPT_PAUSE);
                     return;
                 }
             };
@@ -273,8 +284,7 @@ impl<A> Incumbent<A> {
                 continue;
             }
             if self.connections.len() >= self.config.limits.control_connections {
-                connection.send(failure(FailureCode::Busy, "too many control connections"), Vec::new());
-                continue;
+                self.make_room();
             }
             let id = ConnectionId(self.next_connection);
             self.next_connection += 1;
@@ -283,6 +293,25 @@ impl<A> Incumbent<A> {
                 self.connections.insert(id, connection);
                 self.connection_ready(now, id, flags);
             }
+        }
+    }
+
+    fn set_listening(&self, listening: bool) {
+        let interest = if listening { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+        let _ = epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), interest);
+    }
+
+    /// Closes the oldest connection that nothing is owed to, so that idle clients cannot keep others out.
+    fn make_room(&mut self) {
+        let idle = self.connections.iter().find(|(_, connection)| !connection.waiting && !connection.watched);
+        if let Some((&id, _)) = idle
+            && let Some(mut connection) = self.connections.remove(&id)
+        {
+            let _ = epoll::delete(&self.epoll, &connection);
+            connection.send(
+                failure(FailureCode::Busy, "too many control connections: this was the oldest"),
+                Vec::new(),
+            );
         }
     }
 
@@ -552,8 +581,16 @@ impl<A> Incumbent<A> {
         if self.again || !self.notices.is_empty() || !self.replied.is_empty() {
             return Some(Instant::now());
         }
-        let takeover = self.takeover.as_ref()?;
-        if takeover.want.is_some() { Some(Instant::now()) } else { takeover.deadline() }
+        match &self.takeover {
+            Some(takeover) if takeover.want.is_some() => Some(Instant::now()),
+            _ => self.timer(),
+        }
+    }
+
+    /// When the incumbent itself has something to do.
+    fn timer(&self) -> Option<Instant> {
+        let takeover = self.takeover.as_deref().and_then(Takeover::deadline);
+        [takeover, self.listen_again].into_iter().flatten().min()
     }
 
     /// The path of the control socket.
@@ -659,6 +696,7 @@ impl<A> Incumbent<A> {
             ended: None,
             notices: VecDeque::new(),
             replied: Vec::new(),
+            listen_again: None,
             parse: Request::<A>::parse,
             again: false,
         })
@@ -917,7 +955,7 @@ impl<A> Incumbent<A> {
             match want {
                 Some(Want::Batch(ids)) => self.send_batch(now, ids, descriptor),
                 _ if self.again => {}
-                _ => self.wait(self.takeover.as_deref().and_then(Takeover::deadline))?,
+                _ => self.wait(self.timer())?,
             }
         }
     }

@@ -49,11 +49,20 @@ const RETRY: Duration = Duration::from_millis(1);
 #[derive(Debug, thiserror::Error)]
 pub enum TakeoverError {
     /// It ended at this step, for this reason.
-    #[error("the takeover ended {0}; the incumbent serves on")]
+    #[error("the takeover ended {0}; {left}", left = left(.0))]
     Ended(Reason),
     /// The successor serves in name, but its own descriptors fail: it cannot go on.
     #[error("took over, but cannot serve: {0}")]
     Serving(#[source] io::Error),
+}
+
+/// Who is left after a takeover that ended.
+fn left(reason: &Reason) -> &'static str {
+    match reason.cause {
+        Cause::Exited => "nobody serves now: start again",
+        Cause::LockHeld => "the process that holds it serves",
+        _ => "the incumbent, if it lives, serves on",
+    }
 }
 
 /// A successor that was admitted: the incumbent prepares its offer.
