@@ -67,6 +67,16 @@ enum State {
 }
 
 /// What the driver of an incumbent has to do next.
+///
+/// ```
+/// use heirloom::protocol::{Incumbent, IncumbentAction, Times};
+/// use std::time::Instant;
+///
+/// let now = Instant::now();
+/// let mut machine = Incumbent::new(now, Times::default());
+/// assert_eq!(machine.poll(now), Some(IncumbentAction::PrepareOffer));
+/// assert_eq!(machine.poll(now), None, "it waits for the application");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum IncumbentAction {
     /// Write down the base manifest, then call [`Incumbent::offered`].
@@ -90,6 +100,15 @@ pub enum IncumbentAction {
 }
 
 /// How a takeover ended for the incumbent.
+///
+/// ```
+/// use heirloom::protocol::IncumbentOutcome;
+///
+/// fn must_exit(outcome: &IncumbentOutcome) -> bool {
+///     !matches!(outcome, IncumbentOutcome::Resumed(_))
+/// }
+/// assert!(must_exit(&IncumbentOutcome::Taken));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum IncumbentOutcome {
     /// The successor serves. Exit.

@@ -12,6 +12,12 @@ use crate::item::ItemId;
 const MAX_REASON: usize = 1024;
 
 /// What the incumbent says.
+///
+/// ```
+/// use heirloom::protocol::ToSuccessor;
+///
+/// assert!(ToSuccessor::abort("not now").to_packet().len() < 32);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum ToSuccessor {
     /// The base manifest, in the sealed memfd beside it.
@@ -43,6 +49,12 @@ pub enum ToSuccessor {
 }
 
 /// What the successor says.
+///
+/// ```
+/// use heirloom::protocol::ToIncumbent;
+///
+/// assert_eq!(ToIncumbent::from_packet(&ToIncumbent::Ready.to_packet(), 0), Ok(ToIncumbent::Ready));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum ToIncumbent {
     /// One more batch has been read.
@@ -67,6 +79,13 @@ pub enum ToIncumbent {
 }
 
 /// A packet that is not a message of this protocol.
+///
+/// ```
+/// use heirloom::protocol::ToIncumbent;
+///
+/// let error = ToIncumbent::from_packet(b"hello?", 0).unwrap_err();
+/// assert_eq!(error.bytes, 6);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a packet of {bytes} bytes is not a message: {why}")]
 pub struct MessageError {

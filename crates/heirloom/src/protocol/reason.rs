@@ -4,6 +4,12 @@ use std::fmt;
 use std::time::Duration;
 
 /// A step of the takeover, named after the message that completes it.
+///
+/// ```
+/// use heirloom::protocol::Step;
+///
+/// assert!(Step::Offer < Step::Freeze, "an offer that fails has frozen nothing");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Step {
     /// The successor asks, the incumbent checks who asks and for what.
@@ -37,6 +43,14 @@ impl fmt::Display for Step {
 }
 
 /// What ended a takeover.
+///
+/// ```
+/// use heirloom::protocol::Cause;
+/// use std::time::Duration;
+///
+/// let cause = Cause::Timeout(Duration::from_secs(2));
+/// assert_eq!(cause.to_string(), "the other side did not answer within 2s");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Cause {
     /// The other side did not answer within this time.

@@ -58,6 +58,15 @@ enum State {
 }
 
 /// What the driver of a successor has to do next.
+///
+/// ```
+/// use heirloom::protocol::*;
+/// use std::time::Instant;
+///
+/// let mut machine = Successor::new(Instant::now(), Times::default());
+/// machine.abort("changed my mind");
+/// assert!(matches!(machine.poll(), Some(SuccessorAction::Send(ToIncumbent::Abort { .. }))));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum SuccessorAction {
     /// Send this message. If the channel is closed call [`Successor::handle_closed`], after all that is still queued
@@ -80,6 +89,17 @@ pub enum SuccessorAction {
 }
 
 /// How a takeover ended for the successor.
+///
+/// ```
+/// use heirloom::protocol::*;
+/// use std::time::Instant;
+///
+/// let now = Instant::now();
+/// let mut machine = Successor::new(now, Times::default());
+/// machine.handle_exited(now);
+/// let Some(SuccessorOutcome::Failed(reason)) = machine.outcome() else { panic!() };
+/// assert_eq!(reason.cause, Cause::Exited);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum SuccessorOutcome {
     /// Serve.

@@ -168,6 +168,17 @@ impl Gate {
 }
 
 /// One thread's way through a [`Gate`]; see there for an example.
+///
+/// ```
+/// use heirloom::runtime::blocking::Gate;
+///
+/// let gate = Gate::new()?;
+/// let worker = gate.worker();
+/// let (reader, _writer) = std::io::pipe()?;
+/// gate.end();
+/// assert!(worker.wait_readable(&reader)?.is_none(), "it is sent home");
+/// # std::io::Result::Ok(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Worker {
     shared: Arc<Shared>,
@@ -219,6 +230,19 @@ impl Worker {
 }
 
 /// The right to touch a descriptor; while a thread holds one, no freeze succeeds. See [`Gate`].
+///
+/// ```
+/// use heirloom::runtime::blocking::Gate;
+/// use std::time::Instant;
+///
+/// let gate = Gate::new()?;
+/// let (worker, null) = (gate.worker(), std::fs::File::open("/dev/null")?);
+/// let pass = worker.wait_readable(&null)?;
+/// assert!(!gate.freeze(Instant::now())?, "a thread is still reading");
+/// drop(pass);
+/// assert!(gate.freeze(Instant::now())?);
+/// # std::io::Result::Ok(())
+/// ```
 #[derive(Debug)]
 pub struct Pass<'w> {
     shared: &'w Shared,

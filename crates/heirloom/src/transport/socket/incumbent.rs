@@ -54,13 +54,13 @@ const FIRST_CONNECTION: u64 = 16;
 /// The process that serves. `A` is the application's own requests; see [`Request`].
 ///
 /// ```no_run
-/// use heirloom::{Bundle, Config, Incumbent, Outcome, Service, Start, Turn};
+/// use heirloom::{Bundle, Config, NoRequests, Outcome, Replace, Service, Start, Turn};
 /// use std::time::Instant;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let Start::Fresh(mut incumbent) =
-///     heirloom::start("/run/echo/echo.sock".as_ref(), Service::new("echo"), Config::default())?
-/// else {
+/// let path = "/run/echo/echo.sock".as_ref();
+/// let started = heirloom::start::<NoRequests>(path, Service::new("echo"), Config::default(), Replace::Try)?;
+/// let Start::Fresh(mut incumbent) = started else {
 ///     return Ok(()); // somebody serves already: take over
 /// };
 /// let bundle = Bundle::new();
@@ -114,6 +114,22 @@ enum Notice<A> {
 }
 
 /// What the program has to do next.
+///
+/// ```
+/// use heirloom::{Incumbent, Turn};
+/// use std::time::Instant;
+///
+/// /// For a program that never lets itself be replaced.
+/// fn refuse_all(incumbent: &mut Incumbent) -> std::io::Result<()> {
+///     loop {
+///         match incumbent.turn(Instant::now())? {
+///             Turn::Idle => return Ok(()),
+///             Turn::Offer(offer) => offer.refuse("this one stays"),
+///             _ => {}
+///         }
+///     }
+/// }
+/// ```
 pub enum Turn<'i, A = NoRequests> {
     /// Nothing; serve, and come back when the incumbent's descriptor is readable or its deadline has passed.
     Idle,
@@ -132,6 +148,18 @@ pub enum Turn<'i, A = NoRequests> {
 }
 
 /// How a frozen takeover ended.
+///
+/// ```
+/// use heirloom::Outcome;
+///
+/// fn say(outcome: &Outcome) -> String {
+///     match outcome {
+///         Outcome::Taken(by) => format!("replaced by {by}"),
+///         Outcome::Resumed(reason) => format!("serving on; the takeover ended {reason}"),
+///         Outcome::Superseded(reason) => format!("somebody else serves; the takeover ended {reason}"),
+///     }
+/// }
+/// ```
 #[derive(Debug)]
 pub enum Outcome {
     /// The successor serves: exit, closing everything with a plain close, never a shutdown.
@@ -143,6 +171,18 @@ pub enum Outcome {
 }
 
 /// Why this side could not hand over. The takeover is aborted: serve on.
+///
+/// ```
+/// use heirloom::{Bundle, HandoverError, Offer};
+///
+/// fn offer<A>(offer: Offer<'_, A>, bundle: &Bundle) {
+///     match offer.begin_bundle(bundle) {
+///         Ok(()) => {}
+///         Err(HandoverError::Manifest(error)) => eprintln!("too much to hand over: {error}"),
+///         Err(HandoverError::Io(error)) => eprintln!("no memory for it: {error}"),
+///     }
+/// }
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum HandoverError {
     /// What is to be handed over exceeds a limit, or is in disorder.
@@ -154,6 +194,13 @@ pub enum HandoverError {
 }
 
 /// Who has taken over.
+///
+/// ```
+/// use heirloom::TakenBy;
+///
+/// let by = TakenBy { pid: Some(7), program: "echod".into(), version: "2.0".into(), items: 3 };
+/// assert_eq!(by.to_string(), "echod 2.0 (pid 7)");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TakenBy {
     /// Its process id, where it can be seen from here.
@@ -738,6 +785,15 @@ impl<A> fmt::Debug for Incumbent<A> {
 }
 
 /// A successor was admitted and waits for the base manifest. Dropping it refuses.
+///
+/// ```
+/// use heirloom::manifest::Base;
+/// use heirloom::{Cbor, Codec, Offer};
+///
+/// fn hand_over<A>(offer: Offer<'_, A>, topic: &str) -> Result<(), Box<dyn std::error::Error>> {
+///     Ok(offer.begin(Base { state: Some(Cbor::encode(topic)?), ..Base::default() })?)
+/// }
+/// ```
 pub struct Offer<'i, A> {
     incumbent: Option<&'i mut Incumbent<A>>,
 }
@@ -796,6 +852,17 @@ impl<A> Drop for Offer<'_, A> {
 }
 
 /// Some descriptors are to be sent.
+///
+/// ```
+/// use heirloom::{Batch, ItemId};
+/// use std::collections::BTreeMap;
+/// use std::net::TcpStream;
+/// use std::os::fd::AsFd;
+///
+/// fn lend<A>(batch: Batch<'_, A>, connections: &BTreeMap<ItemId, TcpStream>) {
+///     batch.send(|id| connections.get(&id).map(AsFd::as_fd));
+/// }
+/// ```
 pub struct Batch<'i, A> {
     incumbent: &'i mut Incumbent<A>,
     ids: Vec<ItemId>,
@@ -828,6 +895,14 @@ impl<A> Incumbent<A> {
 }
 
 /// The successor is ready, and nothing may be touched until this is released or resumed. Dropping it resumes.
+///
+/// ```
+/// use heirloom::{Bundle, Freeze, HandoverError, Outcome};
+///
+/// fn release<A>(freeze: Freeze<'_, A>, bundle: &Bundle) -> Result<bool, HandoverError> {
+///     Ok(matches!(freeze.release_bundle(bundle)?, Outcome::Taken(_)))
+/// }
+/// ```
 #[must_use = "a frozen incumbent serves nobody: release it or resume"]
 pub struct Freeze<'i, A> {
     incumbent: Option<&'i mut Incumbent<A>>,
@@ -962,6 +1037,23 @@ impl<A> Incumbent<A> {
 }
 
 /// A request of the application's own. Each must be answered; dropping it answers with an error.
+///
+/// ```
+/// use heirloom::Asked;
+/// use serde::Deserialize;
+///
+/// #[derive(Deserialize)]
+/// enum Mine {
+///     Topic,
+/// }
+///
+/// fn answer(mut asked: Asked<'_, Mine>) {
+///     match asked.request() {
+///         Some(Mine::Topic) => asked.reply(&"cats"),
+///         None => asked.refuse("answered already"),
+///     }
+/// }
+/// ```
 pub struct Asked<'i, A> {
     incumbent: &'i mut Incumbent<A>,
     connection: ConnectionId,

@@ -23,12 +23,13 @@ use crate::service::Service;
 /// An incumbent that speaks protocol 0, and is still serving.
 ///
 /// ```no_run
-/// use heirloom::{Config, Replace, Service, Start, start};
+/// use heirloom::{Config, NoRequests, Replace, Service, Start, start};
 ///
 /// # fn main() -> Result<(), heirloom::StartError> {
 /// let service = Service::new("chat");
-/// if let Start::Older(older) = start("/run/chat/chat.sock".as_ref(), service, Config::default(), Replace::Try)? {
-///     let (connection, incumbent) = older.take_over::<heirloom::NoRequests>()?;
+/// let path = "/run/chat/chat.sock".as_ref();
+/// if let Start::Older(older) = start::<NoRequests>(path, service, Config::default(), Replace::Try)? {
+///     let (connection, incumbent) = older.take_over::<NoRequests>()?;
 ///     println!("serving, connected: {}", connection.is_some());
 ///     # drop(incumbent);
 /// }

@@ -43,6 +43,18 @@ pub enum Replace {
 }
 
 /// What a start has led to.
+///
+/// ```
+/// use heirloom::{NoRequests, Start};
+///
+/// fn say(start: &Start<NoRequests>) -> &'static str {
+///     match start {
+///         Start::Fresh(_) => "serving",
+///         Start::Successor(_) => "an incumbent hands over",
+///         Start::Older(_) => "an incumbent of protocol 0 hands over",
+///     }
+/// }
+/// ```
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "there is one in the life of a process")]
 pub enum Start<A = NoRequests> {
@@ -55,6 +67,14 @@ pub enum Start<A = NoRequests> {
 }
 
 /// Why a process neither serves nor may take over.
+///
+/// ```
+/// use heirloom::{Config, NoRequests, Replace, Service, StartError, start};
+///
+/// let path = std::env::temp_dir().join("no such directory").join("x").join("echo.sock");
+/// let started = start::<NoRequests>(&path, Service::new("echo"), Config::default(), Replace::Must);
+/// assert!(matches!(started, Err(StartError::Path(_))));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// [`Replace::Must`], and nobody is there.

@@ -66,6 +66,15 @@ fn left(reason: &Reason) -> &'static str {
 }
 
 /// A successor that was admitted: the incumbent prepares its offer.
+///
+/// ```
+/// use heirloom::{NoRequests, Successor, Taken, TakeoverError};
+///
+/// fn take_over(successor: Successor) -> Result<Taken<NoRequests>, TakeoverError> {
+///     println!("taking over from {}", successor.incumbent());
+///     successor.receive()?.ready()?.accept()
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Successor {
     takeover: Box<Takeover>,
@@ -167,6 +176,20 @@ impl Successor {
 }
 
 /// Everything that travels early has arrived; the incumbent still serves.
+///
+/// ```
+/// use heirloom::{Complete, Offered, TakeoverError};
+///
+/// fn look(offered: Offered) -> Option<Result<Complete, TakeoverError>> {
+///     match offered.bundle().state::<String>() {
+///         Ok(_) => Some(offered.ready()),
+///         Err(error) => {
+///             offered.withdraw(error);
+///             None
+///         }
+///     }
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Offered {
     takeover: Box<Takeover>,
@@ -199,6 +222,15 @@ impl Offered {
 }
 
 /// Everything has arrived and was checked; the incumbent is frozen and waits.
+///
+/// ```
+/// use heirloom::{Complete, NoRequests, Taken, TakeoverError};
+///
+/// fn decide(complete: Complete) -> Result<Taken<NoRequests>, TakeoverError> {
+///     println!("{} items", complete.bundle().len());
+///     complete.accept()
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Complete {
     takeover: Box<Takeover>,
@@ -230,6 +262,15 @@ impl Complete {
 }
 
 /// The takeover has succeeded: this process serves.
+///
+/// ```
+/// use heirloom::Taken;
+/// use std::net::TcpListener;
+///
+/// fn listener<A>(taken: &mut Taken<A>) -> Result<TcpListener, heirloom::BundleError> {
+///     Ok(taken.bundle.take::<TcpListener>("listener")?.descriptor)
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Taken<A> {
     /// Everything that was handed over.
