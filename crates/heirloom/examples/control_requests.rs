@@ -71,7 +71,7 @@ fn serve(control: &str) -> Result<(), Box<dyn Error>> {
         };
     println!("keeping the topic, generation {}", incumbent.generation());
 
-    loop {
+    'serving: loop {
         heirloom::runtime::blocking::wait(&incumbent, &mut Vec::new(), None)?;
         loop {
             match incumbent.turn(Instant::now())? {
@@ -90,11 +90,13 @@ fn serve(control: &str) -> Result<(), Box<dyn Error>> {
                     Outcome::Taken(_) => return Ok(()),
                     Outcome::Superseded(why) => return Err(why.into()),
                 },
-                Turn::Quit(_) => return Ok(()),
+                Turn::Quit(_) => break 'serving,
                 Turn::Closed(_) => {}
             }
         }
     }
+    incumbent.retire();
+    Ok(())
 }
 
 fn bundle(topic: &Topic) -> Result<Bundle, Box<dyn Error>> {

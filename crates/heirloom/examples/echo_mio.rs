@@ -40,12 +40,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     heirloom::descriptors::raise_limit()?;
 
     let service = Service::new("echo").program("echo_mio", env!("CARGO_PKG_VERSION"));
-    let (echo, incumbent) =
-        match heirloom::start(control.as_ref(), service, Config::default(), Replace::Try)? {
-            Start::Fresh(incumbent) => (Echo::fresh(&address)?, incumbent),
-            Start::Successor(successor) => Echo::take_over(successor)?,
-            Start::Older(_) => return Err("the incumbent is no echo server".into()),
-        };
+    let (echo, incumbent) = match heirloom::start(control.as_ref(), service, Config::default(), Replace::Try)?
+    {
+        Start::Fresh(incumbent) => (Echo::fresh(&address)?, incumbent),
+        Start::Successor(successor) => Echo::take_over(successor)?,
+        Start::Older(_) => return Err("the incumbent is no echo server".into()),
+    };
     println!("serving {}, {} connections", echo.listener.local_addr()?, echo.connections.len());
     echo.run(incumbent)
 }
@@ -74,10 +74,10 @@ struct Since {
 }
 
 /// Whether to go on serving.
-#[derive(PartialEq)]
 enum Next {
     Serve,
-    Exit,
+    Replaced,
+    Quit,
 }
 
 impl Echo {
@@ -151,9 +151,14 @@ impl Echo {
                     id => self.serve(id)?,
                 }
             }
-            if due && self.turns(&mut incumbent)? == Next::Exit {
-                // A plain close of everything, by exiting. The connections are the successor's.
-                return Ok(());
+            match if due { self.turns(&mut incumbent)? } else { Next::Serve } {
+                Next::Serve => {}
+                // Everything is closed plainly, by exiting: the connections are the successor's.
+                Next::Replaced => return Ok(()),
+                Next::Quit => {
+                    incumbent.retire();
+                    return Ok(());
+                }
             }
         }
     }
@@ -177,13 +182,13 @@ impl Echo {
                 Turn::Batch(batch) => batch.send(|id| self.descriptor(id)),
                 // From here to the outcome nothing is touched: this thread is the only one, and it is here.
                 Turn::Freeze(freeze) => match freeze.release(self.delta(), |id| self.descriptor(id)) {
-                    Ok(Outcome::Taken(_)) => return Ok(Next::Exit),
+                    Ok(Outcome::Taken(_)) => return Ok(Next::Replaced),
                     Ok(Outcome::Superseded(why)) => return Err(why.into()),
                     Ok(Outcome::Resumed(why)) => eprintln!("serving on: {why}"),
                     Err(error) => eprintln!("serving on: {error}"),
                 },
                 Turn::Request(asked) => asked.refuse("this program has no requests of its own"),
-                Turn::Quit(_) => return Ok(Next::Exit),
+                Turn::Quit(_) => return Ok(Next::Quit),
                 Turn::Closed(_) => {}
             }
         }

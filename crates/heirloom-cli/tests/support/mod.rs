@@ -1,6 +1,8 @@
 //! What the tests of the program share: processes that are captured and never left behind, and waiting for conditions.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod generations;
+
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -93,6 +95,25 @@ impl Process {
             collect(child.stderr.take().expect("a pipe"), &stderr, |_| {}),
         ];
         Process { stdin: child.stdin.take(), child, stdout, stderr, readers }
+    }
+
+    /// Starts it with a stdin and a stdout of the caller's, who may share them between processes.
+    pub(crate) fn start_between(
+        command: &mut Command,
+        stdin: impl Into<Stdio>,
+        stdout: impl Into<Stdio>,
+    ) -> Self {
+        let mut child = command
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+        // The command keeps its ends of pipes, which would never come to an end.
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let stderr = Arc::default();
+        let readers = vec![collect(child.stderr.take().expect("a pipe"), &stderr, |_| {})];
+        Process { stdin: child.stdin.take(), child, stdout: Arc::default(), stderr, readers }
     }
 
     pub(crate) fn id(&self) -> u32 {
