@@ -254,6 +254,8 @@ impl Client {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.wait(PollFlags::IN, deadline)?;
                 }
+                // Said once, when the peer closed with something unread; what it sent before is still queued.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(error) => return Err(self.io_error(error)),
             }
         };

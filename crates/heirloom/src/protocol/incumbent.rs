@@ -208,20 +208,30 @@ impl Incumbent {
 
     /// A packet has arrived that is no message.
     pub fn handle_nonsense(&mut self, what: impl ToString) {
-        match self.state {
-            State::Draining { .. } | State::Relocking { .. } | State::Ended(_) => {}
-            _ => self.resume(Cause::Nonsense(what.to_string())),
+        if !self.is_ending() {
+            self.resume(Cause::Nonsense(what.to_string()));
         }
     }
 
-    /// The successor has closed the channel, and everything that it had sent was handled.
-    pub fn handle_closed(&mut self, now: Instant) {
-        self.lost(now, Cause::Closed);
+    /// The successor has closed the channel, and everything that it had sent was handled. It may still live, and hold
+    /// the service lock.
+    pub fn handle_closed(&mut self) {
+        if !self.is_ending() {
+            self.resume(Cause::Closed);
+        }
     }
 
     /// The successor's process has exited, and everything that it had sent was handled.
     pub fn handle_exited(&mut self, now: Instant) {
-        self.lost(now, Cause::Exited);
+        self.successor_gone = true;
+        match &mut self.state {
+            State::Relocking { until, .. } => {
+                *until = until.or(Some(now + self.times.relock));
+                self.deadline = Some(now);
+            }
+            State::Draining { .. } | State::Ended(_) => {}
+            _ => self.resume(Cause::Exited),
+        }
     }
 
     /// Time has passed.
@@ -251,9 +261,8 @@ impl Incumbent {
 
     /// Our own side cannot go on, or does not want to.
     pub fn abort(&mut self, why: impl ToString) {
-        match self.state {
-            State::Draining { .. } | State::Relocking { .. } | State::Ended(_) => {}
-            _ => self.resume(Cause::Local(why.to_string())),
+        if !self.is_ending() {
+            self.resume(Cause::Local(why.to_string()));
         }
     }
 
@@ -325,18 +334,6 @@ impl Incumbent {
         } else {
             self.actions.push_back(IncumbentAction::Send(ToSuccessor::Freeze));
             self.state = State::Frozen;
-        }
-    }
-
-    fn lost(&mut self, now: Instant, cause: Cause) {
-        self.successor_gone = true;
-        match &mut self.state {
-            State::Relocking { until, .. } => {
-                *until = until.or(Some(now + self.times.relock));
-                self.deadline = Some(now);
-            }
-            State::Draining { .. } | State::Ended(_) => {}
-            _ => self.resume(cause),
         }
     }
 

@@ -166,7 +166,10 @@ impl Graph {
         let mut transitions = BTreeSet::new();
         for (from, edges) in self.edges.iter().enumerate() {
             for (action, to) in edges {
-                if matches!(action, Action::IncumbentCrashes | Action::SuccessorCrashes) {
+                if matches!(
+                    action,
+                    Action::IncumbentCrashes | Action::SuccessorCrashes | Action::SuccessorSulks
+                ) {
                     continue;
                 }
                 let (a, b) = (self.states[from].names(), self.states[*to].names());

@@ -56,6 +56,8 @@ pub(crate) struct System {
     incumbent_end: End,
     successor: Successor,
     successor_process: Process,
+    /// It has closed the channel, against the rules, and does nothing more, but lives, and keeps the lock if it has it.
+    successor_sulks: bool,
     successor_serves: bool,
     successor_asked: Option<Asked>,
     successor_saw_closed: bool,
@@ -110,6 +112,7 @@ pub(crate) enum Action {
     SuccessorAnswers,
     SuccessorWithdraws,
     SuccessorCrashes,
+    SuccessorSulks,
     ThirdLocksAndServes,
     ThirdEnds,
 }
@@ -121,6 +124,7 @@ impl Action {
             self,
             Action::IncumbentCrashes
                 | Action::SuccessorCrashes
+                | Action::SuccessorSulks
                 | Action::ThirdLocksAndServes
                 | Action::ThirdEnds
         )
@@ -163,7 +167,7 @@ impl Takeover {
                     for message in std::mem::take(&mut state.to_incumbent) {
                         state.incumbent.handle(now, message);
                     }
-                    state.incumbent.handle_closed(now);
+                    state.incumbent.handle_closed();
                 } else {
                     state.to_successor.push(message);
                 }
@@ -315,6 +319,7 @@ impl Model for Takeover {
             incumbent_end: End::Open,
             successor: Successor::new(self.now, Times::default()),
             successor_process: Process::Running,
+            successor_sulks: false,
             successor_serves: false,
             successor_asked: None,
             successor_saw_closed: false,
@@ -357,7 +362,8 @@ impl Model for Takeover {
         }
         if state.successor_process == Process::Running {
             actions.push(Action::SuccessorCrashes);
-            if !state.successor_serves {
+            if !state.successor_serves && !state.successor_sulks {
+                actions.push(Action::SuccessorSulks);
                 actions.push(Action::SuccessorActs { late: false });
                 actions.push(Action::SuccessorActs { late: true });
                 if !state.to_successor.is_empty() {
@@ -397,13 +403,13 @@ impl Model for Takeover {
             }
             Action::IncumbentSeesClosed => {
                 state.incumbent_saw_closed = true;
-                state.incumbent.handle_closed(now);
+                state.incumbent.handle_closed();
             }
             Action::IncumbentSeesExited => {
                 state.incumbent_saw_exited = true;
                 state.incumbent.handle_exited(now);
             }
-            Action::IncumbentTimesOut => state.incumbent.handle_timeout(later),
+            Action::IncumbentTimesOut => state.incumbent.handle_timeout(later + later.duration_since(now)),
             Action::IncumbentAnswers => match state.incumbent_asked.take()? {
                 Asked::Offer => state.incumbent.offered(now, vec![ItemId(1)]),
                 _ => {
@@ -435,7 +441,7 @@ impl Model for Takeover {
                 state.successor_saw_exited = true;
                 state.successor.handle_exited(now);
             }
-            Action::SuccessorTimesOut => state.successor.handle_timeout(later),
+            Action::SuccessorTimesOut => state.successor.handle_timeout(later + later.duration_since(now)),
             Action::SuccessorAnswers => match state.successor_asked.take()? {
                 Asked::Prepare => state.successor.ready(now),
                 _ => state.successor.accept(now),
@@ -445,6 +451,14 @@ impl Model for Takeover {
                 state.successor.abort("withdrawn");
             }
             Action::SuccessorCrashes => state.successor_dies(Process::Crashed),
+            Action::SuccessorSulks => {
+                if state.successor.outcome() == Some(&SuccessorOutcome::Serve) {
+                    return None;
+                }
+                state.successor_sulks = true;
+                state.successor_end = End::Closed;
+                state.to_successor.clear();
+            }
             Action::ThirdLocksAndServes => {
                 if !self.try_lock(&mut state, Holder::Third) {
                     return None;

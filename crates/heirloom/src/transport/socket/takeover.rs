@@ -150,12 +150,11 @@ impl Takeover {
                 }
                 Ok(Incoming::Closed) => {
                     self.channel_closed = true;
-                    self.machine.handle_closed(now);
+                    self.closed(now);
                 }
                 Err(error) => {
                     self.channel_closed = true;
                     self.machine.handle_nonsense(error);
-                    self.machine.handle_closed(now);
                 }
             }
         }
@@ -190,11 +189,19 @@ impl Takeover {
         }
     }
 
+    /// The channel has ended. Where the successor's exit cannot be seen, that has to stand for it.
+    fn closed(&mut self, now: Instant) {
+        self.machine.handle_closed();
+        if self.successor.pidfd().is_none() {
+            self.machine.handle_exited(now);
+        }
+    }
+
     fn send_failed(&mut self, now: Instant, error: SendError) {
         // What the successor sent before it closed says more than the failed send: read it first.
         self.receive_all(now);
         match error {
-            SendError::Closed => self.machine.handle_closed(now),
+            SendError::Closed => self.closed(now),
             error => self.machine.abort(format_args!("cannot send to the successor: {error}")),
         }
     }
