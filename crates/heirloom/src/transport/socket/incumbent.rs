@@ -718,6 +718,8 @@ impl<A> Incumbent<A> {
     where
         A: DeserializeOwned,
     {
+        // Whoever had it before may have left it blocking; from here on it is ours to change.
+        listener.set_nonblocking(true)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
         Ok(Incumbent {

@@ -490,7 +490,10 @@ impl Takeover {
     }
 
     fn serve<A: DeserializeOwned>(mut self: Box<Self>) -> Result<Taken<A>, TakeoverError> {
-        let pause = Duration::from_nanos(clock::monotonic_ns().saturating_sub(self.frozen_at_ns));
+        let now_ns = clock::monotonic_ns();
+        // An incumbent that does not say when it froze leaves it at 0.
+        let frozen_at_ns = if self.frozen_at_ns == 0 { now_ns } else { self.frozen_at_ns };
+        let pause = Duration::from_nanos(now_ns.saturating_sub(frozen_at_ns));
         let mut bundle = std::mem::take(&mut self.bundle);
         let listener = bundle.take_id::<UnixListener>(ItemId::CONTROL);
         let listener = listener.map_err(|error| TakeoverError::Serving(io::Error::other(error)))?.descriptor;
