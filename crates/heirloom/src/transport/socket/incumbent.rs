@@ -275,6 +275,9 @@ impl<A> Incumbent<A> {
         }
         for round in 0.. {
             self.run_takeover(now);
+            if self.is_over() {
+                return Ok(());
+            }
             if round == ROUNDS {
                 self.again = true;
                 break;
@@ -294,6 +297,9 @@ impl<A> Incumbent<A> {
                     SUCCESSOR => self.successor_exited(now),
                     id => self.connection_ready(now, ConnectionId(id), event.flags),
                 }
+                if self.is_over() {
+                    return Ok(());
+                }
             }
         }
         if let Some(takeover) = &mut self.takeover {
@@ -301,6 +307,11 @@ impl<A> Incumbent<A> {
             self.run_takeover(now);
         }
         Ok(())
+    }
+
+    /// Whether somebody else serves. Then nothing is answered any more: the control socket is theirs.
+    fn is_over(&self) -> bool {
+        matches!(self.ended, Some(Outcome::Taken(_) | Outcome::Superseded(_)))
     }
 
     fn accept(&mut self, now: Instant) {

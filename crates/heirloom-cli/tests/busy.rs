@@ -1,0 +1,132 @@
+//! More than one process wants to serve: a second successor, and several that start at once.
+
+mod support;
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::Instant;
+
+use heirloom::control::Client;
+use heirloom::peer::Peer;
+use support::*;
+
+/// A server that accepts and says nothing, and a chat that is connected to it.
+fn connected_chat(control: &Path) -> (TcpListener, String, Process) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = listener.local_addr().expect("bound").to_string();
+    let chat = Process::start(&mut chat(&address, control, &[]));
+    wait_until_connected(control);
+    (listener, address, chat)
+}
+
+/// A successor that has everything, with the incumbent frozen, and waits.
+fn freeze(control: &Path, address: &str) -> Process {
+    let mut command = heirloom();
+    command.arg("demo-successor").arg("--control").arg(control).arg(address);
+    let successor = Process::start(&mut command);
+    wait_for("the freeze", || successor.stdout() == b"frozen\n");
+    successor
+}
+
+#[test]
+fn a_second_successor_is_refused_at_once_and_questions_are_answered_meanwhile() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (_listener, address, mut first) = connected_chat(&control);
+    // In the third and fourth generation the listener was made by an ancestor that is dead.
+    for generation in 0..4 {
+        let mut holder = freeze(&control, &address);
+        let status = try_status(&control).expect("status is answered in a freeze");
+        assert!(status.takeover_running);
+        assert_eq!((status.generation, status.pid), (generation, first.id()));
+        let mut ping = Process::start(heirloom().arg("ping").arg("--control").arg(&control));
+        let mut second = Process::start(&mut chat(&address, &control, &["--replace", "must"]));
+        second.wait_for_code(4);
+        let said = second.stderr();
+        assert!(said.contains(&format!("a takeover by pid {}", holder.id())), "{said}");
+        ping.wait_for_code(0);
+        assert_eq!(ping.stdout(), b"Pong\n");
+        holder.kill();
+        wait_for("the incumbent to go on", || try_status(&control).is_some_and(|s| !s.takeover_running));
+
+        let client = Client::connect(&control).expect("connect");
+        assert_eq!(
+            Peer::of(&client).expect("credentials").pid,
+            Some(first.id()),
+            "the listener names its owner"
+        );
+        let mut next = Process::start(&mut chat(&address, &control, &["--replace", "must"]));
+        first.wait_for_code(0);
+        std::mem::swap(&mut first, &mut next);
+    }
+    assert_eq!(status(&control).generation, 4);
+}
+
+#[test]
+fn of_several_that_may_not_replace_exactly_one_serves() {
+    for (round, count) in [2, 5].into_iter().cycle().take(30).enumerate() {
+        let scratch = Scratch::new();
+        let control = scratch.path("chat.sock");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = listener.local_addr().expect("bound").to_string();
+        let mut all: Vec<Process> = (0..count)
+            .map(|_| Process::start(&mut chat(&address, &control, &["--replace", "never"])))
+            .collect();
+        wait_for("all but one to end", || {
+            all.iter_mut().filter_map(|one| one.is_running().then_some(())).count() == 1
+        });
+        let serving = status(&control).pid;
+        for mut one in all {
+            if one.is_running() {
+                assert_eq!(one.id(), serving, "round {round}");
+            } else {
+                one.wait_for_code(4);
+                assert!(one.stderr().contains("already serves"), "{}", one.stderr());
+            }
+        }
+    }
+}
+
+#[test]
+fn of_several_that_may_replace_one_serves_in_the_end() {
+    for round in 0..20 {
+        let scratch = Scratch::new();
+        let control = scratch.path("chat.sock");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = listener.local_addr().expect("bound").to_string();
+        let mut all: Vec<Process> =
+            (0..5).map(|_| Process::start(&mut chat(&address, &control, &[]))).collect();
+        wait_for("all but one to end", || {
+            all.iter_mut().filter_map(|one| one.is_running().then_some(())).count() == 1
+        });
+        let status = status(&control);
+        let mut replaced = 0;
+        for mut one in all {
+            if one.is_running() {
+                assert_eq!(one.id(), status.pid, "round {round}");
+                continue;
+            }
+            match one.wait().code() {
+                Some(0) => replaced += 1,
+                Some(4) => assert!(one.stderr().contains("a takeover by pid"), "{}", one.stderr()),
+                code => panic!("round {round}: {code:?}: {}", one.stderr()),
+            }
+        }
+        assert_eq!(status.generation, replaced, "each that was replaced made a generation");
+    }
+}
+
+#[test]
+fn a_stopped_incumbent_is_not_replaced_by_force() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (_listener, address, mut first) = connected_chat(&control);
+    first.signal(rustix::process::Signal::STOP);
+    let begun = Instant::now();
+    let mut second = Process::start(&mut chat(&address, &control, &[]));
+    second.wait_for_code(1);
+    assert!(second.stderr().contains("may be stopped"), "{}", second.stderr());
+    assert!(begun.elapsed() < LONG);
+    first.signal(rustix::process::Signal::CONT);
+    assert_eq!(status(&control).pid, first.id());
+}

@@ -1,0 +1,166 @@
+//! Who may not ask, and who asks badly: other users' processes, and peers that send garbage.
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use heirloom::descriptors::{Wait, send_with};
+use support::*;
+
+fn connected_chat(control: &Path) -> (TcpListener, String, Process) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = listener.local_addr().expect("bound").to_string();
+    let chat = Process::start(&mut chat(&address, control, &[]));
+    wait_until_connected(control);
+    (listener, address, chat)
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("chmod");
+}
+
+/// The program, where every user can run it.
+fn public_copy(scratch: &Scratch) -> PathBuf {
+    let program = scratch.path("heirloom");
+    std::fs::copy(env!("CARGO_BIN_EXE_heirloom"), &program).expect("copy");
+    set_mode(&program, 0o755);
+    set_mode(program.parent().expect("a directory"), 0o755);
+    program
+}
+
+#[test]
+fn another_user_can_neither_take_over_nor_ask_nor_stop_anything() {
+    if !rustix::process::geteuid().is_root() {
+        return skip("only root can become another user");
+    }
+    let (scratch, elsewhere) = (Scratch::new(), Scratch::new());
+    let control = scratch.path("chat.sock");
+    let (_listener, address, mut incumbent) = connected_chat(&control);
+    let program = public_copy(&elsewhere);
+    let attempts = |expected: &str| {
+        // The second is the overflow user, as which users of other namespaces may appear.
+        for uid in [12345, 65534] {
+            for command in ["ping", "status", "quit", "chat"] {
+                let mut stranger = Command::new(&program);
+                stranger.arg(command).arg("--control").arg(&control).uid(uid).gid(uid).current_dir("/");
+                if command == "chat" {
+                    stranger.args(["--replace", "must", &address]);
+                }
+                let mut stranger = Process::start(&mut stranger);
+                let code = stranger.wait().code();
+                let said = stranger.stderr();
+                assert!(matches!(code, Some(1 | 4)), "{command} as {uid}: {code:?} {said}");
+                assert!(said.contains(expected), "{command} as {uid}: {said}");
+            }
+        }
+    };
+    attempts("ermission");
+
+    // Even with the doors open.
+    let directory = control.parent().expect("a directory");
+    set_mode(directory, 0o755);
+    set_mode(&control, 0o666);
+    attempts("");
+    for uid in [12345, 65534] {
+        wait_for("the log of it", || incumbent.stderr().contains(&format!("uid {uid}")));
+    }
+    assert!(incumbent.is_running());
+    let status = status(&control);
+    assert_eq!((status.generation, status.pid), (0, incumbent.id()));
+}
+
+#[test]
+fn a_directory_that_others_can_write_to_is_refused() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("open");
+    std::fs::create_dir(&directory).expect("mkdir");
+    for mode in [0o777, 0o1777, 0o770] {
+        set_mode(&directory, mode);
+        let mut process = Process::start(&mut chat("127.0.0.1:9", &directory.join("chat.sock"), &[]));
+        process.wait_for_code(1);
+        assert!(process.stderr().contains("700"), "mode {mode:o}: {}", process.stderr());
+    }
+}
+
+/// Reads until the end of the connection, or until nothing comes for a while.
+fn read_to_end(stream: &mut UnixStream) -> (String, bool) {
+    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("setsockopt");
+    let mut all = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return (String::from_utf8_lossy(&all).into_owned(), true),
+            Ok(n) => all.extend_from_slice(&buffer[..n]),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            Err(_) => return (String::from_utf8_lossy(&all).into_owned(), false),
+        }
+    }
+}
+
+fn ping(control: &Path) {
+    let mut stream = UnixStream::connect(control).expect("connect");
+    stream.write_all(b"\"Ping\"\n").expect("write");
+    stream.shutdown(std::net::Shutdown::Write).expect("shutdown");
+    assert_eq!(read_to_end(&mut stream), ("\"Pong\"\n".into(), true));
+}
+
+#[test]
+fn peers_that_ask_badly_hold_nothing_up_and_leave_nothing_behind() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (_listener, _address, mut incumbent) = connected_chat(&control);
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", incumbent.id())).expect("proc").count();
+    ping(&control);
+    let before = descriptors();
+
+    let mut garbage = UnixStream::connect(&control).expect("connect");
+    for _ in 0..20 {
+        // The last of them may find the connection closed.
+        let _ = garbage.write_all(b"}{ nonsense\n");
+    }
+    let (said, ended) = read_to_end(&mut garbage);
+    assert!(ended, "it is cut off");
+    assert_eq!(said.lines().count(), 8, "{said}");
+    assert!(said.lines().all(|line| line.contains("malformed")), "{said}");
+    ping(&control);
+
+    let mut endless = UnixStream::connect(&control).expect("connect");
+    let _ = endless.write_all(&vec![b'x'; 1 << 20]);
+    assert!(read_to_end(&mut endless).0.contains("too-long"));
+    ping(&control);
+
+    // A peer that asks much and never reads.
+    let mut deaf = UnixStream::connect(&control).expect("connect");
+    deaf.set_nonblocking(true).expect("fcntl");
+    let request = b"\"Status\"\n".repeat(1000);
+    wait_for(
+        "the incumbent to cut it off, or to stop reading",
+        || matches!(deaf.write(&request), Err(error) if error.kind() != ErrorKind::Interrupted),
+    );
+    ping(&control);
+
+    let mut half = UnixStream::connect(&control).expect("connect");
+    half.write_all(b"\"Pi").expect("write");
+    let unasked = UnixStream::connect(&control).expect("connect");
+    let null = std::fs::File::open("/dev/null").expect("open");
+    for _ in 0..50 {
+        let given = [null.as_fd(), null.as_fd(), null.as_fd()];
+        send_with(&unasked, b"\"Ping\"\n", &given, Wait::Block).expect("send");
+    }
+    let crowd: Vec<UnixStream> = (0..100).map(|_| UnixStream::connect(&control).expect("connect")).collect();
+    ping(&control);
+    half = UnixStream::connect(&control).expect("connect");
+    half.write_all(b"\"Ping\"\n").expect("there is room for one more");
+
+    drop((deaf, half, unasked, crowd));
+    wait_for("everything to be closed", || descriptors() <= before);
+    assert!(incumbent.is_running());
+}
