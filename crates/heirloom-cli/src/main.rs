@@ -9,6 +9,8 @@ mod exit;
 mod failure;
 mod log;
 
+use std::io::Write;
+
 use clap::{Parser, Subcommand};
 
 use exit::Exit;
@@ -53,7 +55,12 @@ fn main() -> Exit {
             return if answer.use_stderr() { Exit::Usage } else { Exit::Done };
         }
     };
-    let result = log::init(&cli.log).map_err(Into::into).and_then(|()| match cli.command {
+    if let Err(error) = log::init(&cli.log) {
+        // There is no log to say it in. A stderr that is closed cannot be helped.
+        let _ = writeln!(std::io::stderr(), "heirloom: {error:#}");
+        return Exit::Failed;
+    }
+    let result = match cli.command {
         Command::Chat(args) => chat::run(args),
         Command::Ping(target) => ask::ping(&target),
         Command::Status(args) => ask::status(&args),
@@ -61,7 +68,7 @@ fn main() -> Exit {
         Command::Demo(args) => demo::run(&args),
         Command::DemoServer(args) => demo::server::run(&args),
         Command::DemoSuccessor(args) => demo::successor::run(args),
-    });
+    };
     result.unwrap_or_else(|failure| {
         tracing::error!("{failure}");
         failure.exit

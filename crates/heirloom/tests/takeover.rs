@@ -446,9 +446,9 @@ mod threads {
         let gate = Gate::new()?;
         thread::scope(|scope| {
             let mut threads = Vec::new();
-            for connection in connections.values().cloned() {
+            for connection in connections.values() {
                 let worker = gate.worker();
-                threads.push(scope.spawn(move || echo(&worker, &connection)));
+                threads.push(scope.spawn(move || echo(&worker, connection)));
             }
             let served = hand_over(incumbent, &gate, &mut bundle, &connections);
             gate.end();

@@ -1,0 +1,173 @@
+//! Protocol 0, both ways, with a program of the old kind that knows nothing of this project.
+
+mod stream;
+mod support;
+
+use std::path::Path;
+use std::process::Command;
+
+use stream::Stream;
+use support::*;
+
+/// The old program: a chat client that buffers nothing. `old.py ADDRESS CONTROL` takes over if somebody listens at CONTROL;
+/// with a third argument it plays a part: `unconnected` (an incumbent without a connection) or `dies` (a successor that ends
+/// when it has the descriptor).
+const OLD_PROGRAM: &str = r#"
+import array, os, select, socket, sys
+address, control = sys.argv[1], sys.argv[2]
+part = sys.argv[3] if len(sys.argv) > 3 else ""
+tcp = None
+try:
+    old = socket.socket(socket.AF_UNIX)
+    old.connect(control)
+    old.sendall(b'"RequestFds"\n')
+    data, ancillary, _, _ = old.recvmsg(2, socket.CMSG_SPACE(4))
+    assert data == b"hi", data
+    for level, kind, payload in ancillary:
+        tcp = socket.socket(fileno=array.array("i", payload)[0])
+    if part == "dies":
+        sys.exit(9)
+    old.sendall(b'"Quit"\n')
+    while old.recv(100): pass
+    old.close()
+except (FileNotFoundError, ConnectionRefusedError):
+    pass
+if tcp is None and part != "unconnected":
+    host, port = address.rsplit(":", 1)
+    tcp = socket.create_connection((host, int(port)))
+if os.path.exists(control): os.unlink(control)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(control)
+listener.listen(5)
+print("serving", file=sys.stderr, flush=True)
+clients = {}
+while True:
+    ready, _, _ = select.select([listener, *clients] + ([tcp] if tcp else []), [], [])
+    for sock in ready:
+        if sock is listener:
+            client, _ = listener.accept()
+            clients[client] = b""
+        elif sock is tcp:
+            data = tcp.recv(65536)
+            if not data: sys.exit(1)
+            while data: data = data[os.write(1, data):]
+        else:
+            data = sock.recv(4096)
+            if not data:
+                del clients[sock]
+                sock.close()
+                continue
+            clients[sock] += data
+            while b"\n" in clients[sock]:
+                line, clients[sock] = clients[sock].split(b"\n", 1)
+                if line == b'"Ping"':
+                    sock.sendall(b'"Pong"\n')
+                elif line == b'"RequestFds"':
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [tcp.fileno()]))] if tcp else []
+                    sock.sendmsg([b"hi"], rights)
+                    # It touches nothing more: the next thing it wants to hear is Quit.
+                    while clients[sock].find(b'"Quit"') < 0:
+                        clients[sock] += sock.recv(100)
+                    sys.exit(0)
+"#;
+
+fn old(address: &str, control: &Path, part: &str) -> Process {
+    let mut command = Command::new("python3");
+    command.arg("-c").arg(OLD_PROGRAM).arg(address).arg(control);
+    if !part.is_empty() {
+        command.arg(part);
+    }
+    Process::start(&mut command)
+}
+
+/// Waits until this process has written something since now.
+fn wait_for_more(process: &Process) {
+    let seen = process.stdout_len();
+    wait_for(&format!("more of the stream; {}", process.stderr()), || process.stdout_len() > seen);
+}
+
+#[test]
+fn old_and_new_programs_replace_each_other_in_a_chain() {
+    if !have("python3") {
+        return skip("python3 plays the old program");
+    }
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let mut stream = Stream::start();
+    let mut all = vec![old(stream.address(), &control, "")];
+    wait_for("the old program", || all[0].stderr().contains("serving"));
+    wait_for_more(&all[0]);
+    for kind in ["new", "new", "old", "new", "old", "old", "new"] {
+        let next = match kind {
+            "new" => Process::start(&mut chat(stream.address(), &control, &["--replace", "must"])),
+            _ => old(stream.address(), &control, ""),
+        };
+        let last = all.last_mut().expect("one");
+        let code = last.wait().code();
+        assert_eq!(code, Some(0), "{}", last.stderr());
+        wait_for_more(&next);
+        all.push(next);
+    }
+    assert!(all[2].stderr().contains("replaced by a program of protocol 0"), "{}", all[2].stderr());
+    assert!(all[1].stderr().contains("took over from an incumbent of protocol 0"), "{}", all[1].stderr());
+    stream.ends_exact(0, &all.iter().collect::<Vec<_>>());
+}
+
+#[test]
+fn an_old_successor_that_dies_without_quit_changes_nothing() {
+    if !have("python3") {
+        return skip("python3 plays the old program");
+    }
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let mut stream = Stream::start();
+    let mut incumbent = Process::start(&mut chat(stream.address(), &control, &[]));
+    wait_until_connected(&control);
+    for _ in 0..3 {
+        old(stream.address(), &control, "dies").wait_for_code(9);
+        wait_for_more(&incumbent);
+    }
+    assert!(incumbent.is_running());
+    assert!(incumbent.stderr().contains("left without taking over"), "{}", incumbent.stderr());
+    stream.ends_exact(0, &[&incumbent]);
+}
+
+#[test]
+fn an_old_incumbent_without_a_connection_is_replaced_too() {
+    if !have("python3") {
+        return skip("python3 plays the old program");
+    }
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let mut stream = Stream::start();
+    let mut incumbent = old(stream.address(), &control, "unconnected");
+    wait_for("the old program", || incumbent.stderr().contains("serving"));
+    let successor = Process::start(&mut chat(stream.address(), &control, &["--replace", "must"]));
+    incumbent.wait_for_code(0);
+    wait_for_more(&successor);
+    assert!(successor.stderr().contains("connected=false"), "{}", successor.stderr());
+    stream.ends_exact(0, &[&successor]);
+}
+
+/// What the new program has buffered for a slow stdout is written before the old one gets the connection.
+#[test]
+fn buffers_are_emptied_before_an_old_program_gets_the_connection() {
+    if !have("python3") {
+        return skip("python3 plays the old program");
+    }
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let mut stream = Stream::start();
+    let slow = |read| std::thread::sleep(std::time::Duration::from_micros(read as u64 * 12));
+    let mut incumbent = Process::start_reading(&mut chat(stream.address(), &control, &[]), slow);
+    wait_until_connected(&control);
+    // The stream is faster than 80 kB/s, so that more is read than is written.
+    wait_for("something in the buffer", || {
+        try_status(&control)
+            .is_some_and(|status| status.counters["bytes_in"] > incumbent.stdout_len() as u64 + 100_000)
+    });
+    let successor = old(stream.address(), &control, "");
+    incumbent.wait_for_code(0);
+    wait_for_more(&successor);
+    stream.ends_exact(0, &[&incumbent, &successor]);
+}
