@@ -253,6 +253,43 @@ fn a_successor_that_lied_about_its_room_withdraws() {
     finish(&mut stream, &control, incumbent);
 }
 
+/// At every limit on open files with which it can serve at all, an incumbent that is asked for a takeover is replaced, or
+/// says that it cannot be and serves on.
+#[test]
+fn an_incumbent_without_descriptors_to_spare_serves_on() {
+    let (mut replaced, mut served_on) = (0, 0);
+    for limit in 10..24 {
+        let scratch = Scratch::new();
+        let control = scratch.path("chat.sock");
+        let mut stream = Stream::start();
+        let mut limited = Command::new("sh");
+        limited.arg("-c").arg(format!("ulimit -n {limit}; exec \"$@\"")).arg("sh");
+        limited.arg(env!("CARGO_BIN_EXE_heirloom"));
+        let mut incumbent =
+            Process::start(limited.args(["chat", stream.address(), "--control"]).arg(&control));
+        wait_for("it to serve or to end", || incumbent.stdout_len() > 0 || !incumbent.is_running());
+        if !incumbent.is_running() {
+            assert_eq!(incumbent.wait().code(), Some(1), "limit {limit}: {}", incumbent.stderr());
+            continue;
+        }
+        let mut successor = Process::start(&mut chat(stream.address(), &control, &["--replace", "must"]));
+        wait_for("an outcome", || !successor.is_running() || !incumbent.is_running());
+        if successor.is_running() {
+            replaced += 1;
+            incumbent.wait_for_code(0);
+            stream.ends_exact(0, &[&incumbent, &successor]);
+        } else {
+            served_on += 1;
+            let code = successor.wait().code();
+            assert!(matches!(code, Some(1 | 4 | 5)), "limit {limit}: {code:?}: {}", successor.stderr());
+            assert!(incumbent.is_running(), "limit {limit}: {}", incumbent.stderr());
+            stream.ends_exact(0, &[&incumbent]);
+        }
+    }
+    println!("{replaced} were replaced, {served_on} served on");
+    assert!(replaced > 0 && served_on > 0, "the limits do not cover both");
+}
+
 /// Where an incumbent fails and how, what the successor ends with (0 is: it serves), and what it says.
 const INCUMBENT_PLOTS: [(&str, &str, i32, &str); 54] = [
     ("hello", "kill", 3, "nobody answers"),

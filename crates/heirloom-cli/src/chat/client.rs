@@ -12,7 +12,8 @@ use heirloom::control::{Failure as Refusal, FailureCode, Reply};
 use heirloom::manifest::Base;
 use heirloom::runtime::blocking;
 use heirloom::{
-    Asked, Cbor, Codec, ConnectionId, Entry, HandoverError, Incumbent, ItemId, Kind, Outcome, Turn,
+    Asked, Cbor, Codec, CodecError, ConnectionId, Entry, HandoverError, Incumbent, ItemId, Kind, Outcome,
+    Turn,
 };
 use rustix::event::{PollFd, PollFlags};
 use serde::Deserialize;
@@ -202,17 +203,27 @@ impl Client {
                     continue;
                 }
                 Turn::Offer(offer) => {
-                    offer.begin(manifest(&self.pump)?)?;
+                    match manifest(&self.pump) {
+                        Ok(base) => {
+                            if let Err(error) = offer.begin(base) {
+                                tracing::error!("serving on: {error}");
+                            }
+                        }
+                        Err(error) => offer.refuse(&error.to_string()),
+                    }
                     continue;
                 }
                 Turn::Batch(batch) => {
                     batch.send(|id| descriptor(&self.pump, id));
                     continue;
                 }
-                Turn::Freeze(freeze) => {
-                    let outcome = freeze.release_all(manifest(&self.pump)?, |id| descriptor(&self.pump, id));
-                    Notice::Thawed(outcome)
-                }
+                Turn::Freeze(freeze) => match manifest(&self.pump) {
+                    Ok(now) => Notice::Thawed(freeze.release_all(now, |id| descriptor(&self.pump, id))),
+                    Err(error) => {
+                        freeze.resume(&error.to_string());
+                        continue;
+                    }
+                },
                 Turn::Request(asked) => Notice::Older(older_asks(asked, busy)),
                 Turn::Quit(connection) => Notice::Quit(connection),
                 Turn::Closed(connection) => Notice::Closed(connection),
@@ -345,8 +356,8 @@ fn older_asks(mut asked: Asked<'_, ChatRequest>, busy: bool) -> Option<Older> {
 }
 
 /// Everything as it is now. An item's id is the number of its connection: each has a new one.
-fn manifest(pump: &Pump) -> Result<Base, Failure> {
-    let state = Cbor::encode(&pump.state()).context("cannot write down the state")?;
+fn manifest(pump: &Pump) -> Result<Base, CodecError> {
+    let state = Cbor::encode(&pump.state())?;
     let item = pump.socket().map(|_| Entry {
         id: ItemId(pump.connection_id()),
         name: SERVER.into(),

@@ -144,9 +144,3 @@ fn resolve(address: &str) -> Result<Vec<SocketAddr>, Failure> {
     }
     Ok(addresses)
 }
-
-impl From<heirloom::HandoverError> for Failure {
-    fn from(error: heirloom::HandoverError) -> Self {
-        Failure::new(Exit::Failed, error)
-    }
-}

@@ -30,6 +30,7 @@ use crate::control::request::{
     Failure, FailureCode, Hello, NoRequests, Reply, Request, RequestError, VersionRange, Welcome,
 };
 use crate::control::status::{ItemStatus, LastTakeover, Status};
+use crate::descriptors::{Wait, send_with};
 use crate::item::{CONTROL_NAME, Entry, ItemId};
 use crate::kind::Kind;
 use crate::lock::{Holding, ServiceLock};
@@ -331,6 +332,8 @@ impl<A> Incumbent<A> {
                 Ok(peer) => peer,
                 Err(error) => {
                     tracing::warn!(%error, "cannot tell who connected to the control socket");
+                    let line = failure(FailureCode::Failed, format_args!("it cannot tell who asks: {error}"));
+                    let _ = send_with(&stream, &line, &[], Wait::DontWait);
                     continue;
                 }
             };
@@ -1149,5 +1152,6 @@ fn failure(code: FailureCode, message: impl ToString) -> Vec<u8> {
 }
 
 fn failed(error: impl ToString) -> Failure {
-    Failure { code: FailureCode::Failed, message: error.to_string() }
+    let message = format!("it cannot begin a takeover, and serves on: {}", error.to_string());
+    Failure { code: FailureCode::Failed, message }
 }

@@ -143,7 +143,7 @@ pub fn start<A: DeserializeOwned>(
                 Some(start) => return Ok(start),
                 // It ended before it answered: it was just being replaced, or quit.
                 None if Instant::now() < patience => {}
-                None => return Err(StartError::Nobody(path.into())),
+                None => return Err(ClientError::Closed { path: path.into() }.into()),
             },
             Err(ClientError::Nobody { .. }) if replace == Replace::Must => {
                 return Err(StartError::Nobody(path.into()));
