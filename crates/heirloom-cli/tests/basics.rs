@@ -79,3 +79,17 @@ fn never_refuses_to_replace() {
     assert!(other.stderr().contains(&format!("serves `chat {address}`")), "{}", other.stderr());
     assert!(first.is_running());
 }
+
+#[test]
+fn a_demonstration_that_is_interrupted_cleans_up() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("tmp");
+    std::fs::create_dir(&directory).expect("mkdir");
+    let mut demo =
+        Process::start(heirloom().args(["demo", "--replacements", "1000"]).env("TMPDIR", &directory));
+    wait_for("a replacement", || demo.stderr().contains("replacement 2"));
+    demo.signal(rustix::process::Signal::INT);
+    demo.wait_for_code(1);
+    assert!(demo.stderr().contains("interrupted"), "{}", demo.stderr());
+    assert_eq!(std::fs::read_dir(&directory).expect("a directory").count(), 0, "something was left behind");
+}

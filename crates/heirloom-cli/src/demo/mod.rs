@@ -43,6 +43,7 @@ pub(crate) struct Args {
 
 /// Runs the demonstration; code 1 if anything was lost.
 pub(crate) fn run(args: &Args) -> Result<Exit, Failure> {
+    process::watch_signals()?;
     let report = Demonstration::prepare(args)?.run(args)?;
     write!(std::io::stdout(), "{}", report.to_text())?;
     if report.is_good() {

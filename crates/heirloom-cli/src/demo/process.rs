@@ -2,11 +2,13 @@
 
 use std::io::{Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 /// How long the demonstration waits for anything before it gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -121,6 +123,17 @@ impl Drop for Process {
     }
 }
 
+/// Set by Ctrl-C and its like.
+static INTERRUPTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+/// From now on a signal ends the next wait with an error, so that everything is cleaned up.
+pub(super) fn watch_signals() -> anyhow::Result<()> {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, INTERRUPTED.clone()).context("cannot watch for signals")?;
+    }
+    Ok(())
+}
+
 /// Waits until the condition is true.
 pub(super) fn wait_until(
     what: &str,
@@ -128,6 +141,9 @@ pub(super) fn wait_until(
 ) -> anyhow::Result<()> {
     let give_up = Instant::now() + PATIENCE;
     while !condition()? {
+        if INTERRUPTED.load(Ordering::SeqCst) {
+            bail!("interrupted");
+        }
         if Instant::now() >= give_up {
             bail!("waited {PATIENCE:?} for {what} in vain");
         }

@@ -75,7 +75,7 @@ impl Report {
     pub(super) fn to_text(&self) -> String {
         let mut out = String::new();
         let mut row = |name: &str, value: String| {
-            let _ = writeln!(out, "{name:<22} {value}");
+            let _ = writeln!(out, "{name:<24} {value}");
         };
         row("lines sent", self.server.sent.to_string());
         row(
