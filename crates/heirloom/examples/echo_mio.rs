@@ -4,9 +4,9 @@
 //! exits, and the connection goes on:
 //!
 //! ```text
-//! cargo run --example echo_mio --features mio -- /tmp/echo/echo.sock 127.0.0.1:7007
+//! cargo run --example echo_mio -- /tmp/echo/echo.sock 127.0.0.1:7007
 //! ncat 127.0.0.1 7007
-//! cargo run --example echo_mio --features mio -- /tmp/echo/echo.sock
+//! cargo run --example echo_mio -- /tmp/echo/echo.sock
 //! ```
 //!
 //! What it shows: descriptors are registered with the new poller while the old process still serves; bytes that were

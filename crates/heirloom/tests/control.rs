@@ -1,5 +1,7 @@
 //! The control socket: its messages, its path, its client, and who is at the other end.
 
+mod support;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -457,7 +459,7 @@ mod paths {
     #[test]
     fn another_users_directory_is_refused() {
         if !rustix::process::geteuid().is_root() {
-            return; // only root can make one
+            return crate::support::skip("only root can make a directory of another user's");
         }
         let directory = tempfile::tempdir().unwrap();
         let theirs = directory.path().join("theirs");
@@ -621,7 +623,7 @@ mod peers {
     #[test]
     fn a_stranger_is_refused_by_name() {
         if !rustix::process::geteuid().is_root() {
-            return; // only root can become somebody else
+            return crate::support::skip("only root can become another user");
         }
         use std::os::unix::process::CommandExt;
         // It has to reach the socket first, and the socket is root's: open the way for this test.
@@ -636,7 +638,7 @@ mod peers {
                 "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.recv(1)";
             stranger.args(["-c", script]).arg(&place.path).uid(uid).gid(uid);
             let Ok(mut stranger) = stranger.spawn() else {
-                return; // no python3 here
+                return crate::support::skip("python3 plays the stranger");
             };
             let (connection, _) = soon(|| {
                 assert_eq!(stranger.try_wait().unwrap(), None, "it came to nothing");

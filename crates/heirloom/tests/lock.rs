@@ -1,6 +1,8 @@
 //! The service lock excludes other processes, is free when its holder is dead, and is passed on by an
 //! inherited descriptor.
 
+mod support;
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -208,7 +210,7 @@ fn the_file_is_ours_alone_close_on_exec_and_stays() {
 #[test]
 fn another_users_file_is_refused() {
     if !rustix::process::geteuid().is_root() {
-        return; // only root can make one
+        return support::skip("only root can make a file of another user's");
     }
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("lock");

@@ -2,13 +2,6 @@
 
 mod support;
 
-#[cfg(not(feature = "mio"))]
-#[test]
-fn the_feature_mio() {
-    support::skip("the feature mio is not enabled (run `cargo test --all-features`)");
-}
-
-#[cfg(feature = "mio")]
 mod echo {
     use std::io::{ErrorKind, Read, Write};
     use std::net::{Shutdown, SocketAddr, TcpStream};

@@ -2,7 +2,7 @@
 //! bundle, and waiting for conditions.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -28,7 +28,8 @@ pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 /// Says loudly that a test does not run here; an error where nothing may be skipped.
 #[track_caller]
 pub(crate) fn skip(why: &str) {
-    println!("SKIPPED: {why}");
+    // Not by a macro, whose output is kept back when a test passes.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
     assert!(std::env::var_os("HEIRLOOM_REQUIRE_ALL").is_none(), "nothing may be skipped here: {why}");
 }
 
@@ -57,7 +58,7 @@ pub(crate) fn example(name: &str) -> Option<PathBuf> {
     if path.is_file() {
         return Some(path);
     }
-    skip(&format!("the example {name} is not built (run `cargo test --all-features`)"));
+    skip(&format!("the example {name} is not built (run `cargo test --workspace`)"));
     None
 }
 
