@@ -19,6 +19,48 @@ pub(crate) struct Figure {
     pub(crate) ratio: f64,
 }
 
+/// In what a figure is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    Nanoseconds,
+    Microseconds,
+}
+
+impl Unit {
+    /// Its sign, and how many nanoseconds it is.
+    fn sign(self) -> (&'static str, f64) {
+        match self {
+            Unit::Nanoseconds => ("ns", 1.0),
+            Unit::Microseconds => ("µs", 1000.0),
+        }
+    }
+}
+
+impl Figure {
+    /// The figures of one quantity, of its values in nanoseconds and those of the floor: median and 99th percentile.
+    pub(crate) fn of(
+        suite: &str,
+        case: &str,
+        unit: Unit,
+        (values, floors): (Vec<u64>, Vec<u64>),
+    ) -> [Figure; 2] {
+        let (sign, ns) = unit.sign();
+        [("median", 50), ("p99", 99)].map(|(name, percent)| {
+            let value = percentile(&values, percent) as f64 / ns;
+            let floor = percentile(&floors, percent) as f64 / ns;
+            Figure {
+                suite: suite.into(),
+                case: format!("{case}, {name}"),
+                n: values.len() as u64,
+                value,
+                unit: sign.into(),
+                floor,
+                ratio: value / floor,
+            }
+        })
+    }
+}
+
 /// The value below which `percent` per cent of the values are; 0 if there are none.
 pub(crate) fn percentile(values: &[u64], percent: usize) -> u64 {
     let mut sorted = values.to_vec();

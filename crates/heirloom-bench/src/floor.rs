@@ -1,16 +1,16 @@
-//! The floor of a takeover: the system calls that it cannot do without, in the same order and number, and nothing else. No
-//! checks, no time limits, nobody watched, blocking calls.
+//! The floor of a takeover: the system calls that it cannot do without, in the same order, and nothing else. No checks, no
+//! time limits, nobody watched, blocking calls.
 //!
-//! A connect; a SEQPACKET pair whose one end is passed; a sealed memfd, the listener and the connection passed ahead;
-//! the connection registered with an epoll; a second sealed memfd in the freeze; eight packets; the lock released and
-//! taken.
+//! Ahead of the freeze: a connect to a path; a request, and as its answer one end of a SEQPACKET pair; a memfd written,
+//! sealed, passed and read; the listener and the connections passed, 252 a packet; each connection registered with an
+//! epoll. In the freeze: a second memfd, an answer, the lock released, a packet, the lock taken, a packet. One packet
+//! for each that the library sends: Offer, Batch, Credit, Offered, Ready, Freeze, Accept, Released, Taken.
 
 use std::io::Read;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, bail};
 use heirloom::descriptors::{Received, Wait, receive_with, send_with};
@@ -18,59 +18,63 @@ use rustix::event::epoll;
 use rustix::fs::{FlockOperation, MemfdFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::takeover::{Round, monotonic_ns, say};
+use crate::chain::{Came, Left, connections, now, say};
 
-/// About the size of the library's manifests here.
+/// About the size of the library's manifests for one connection.
 const MANIFEST: [u8; 300] = [7; 300];
+/// Descriptors a packet, as many as the library sends.
+const BATCH: usize = 252;
 
 /// The first incumbent of the floor's chain.
-pub(crate) fn first(control: &Path, server: &str) -> anyhow::Result<()> {
+pub(crate) fn first(control: &Path, count: usize) -> anyhow::Result<()> {
     let listener = UnixListener::bind(control)?;
-    let server = TcpStream::connect(server)?;
     let lock = lock_file(control)?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
-    say("serving")?;
-    serve(&listener, &server, &lock)
+    let connections = connections(count)?.into_iter().map(OwnedFd::from).collect::<Vec<_>>();
+    say(&"serving")?;
+    serve(&listener, &connections, &lock)
 }
 
 /// A successor of the floor's chain.
 pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
-    let begun = Instant::now();
+    let began = now();
     let asking = UnixStream::connect(control)?;
     send(&asking, b"hello", &[])?;
-    let channel = receive(&asking)?.descriptors.pop().context("no channel came")?;
+    let channel = receive(&asking)?.0.descriptors.pop().context("no channel came")?;
     let lock = lock_file(control)?;
-    let base = receive(&channel)?;
-    read_manifest(&base.descriptors)?;
-    let mut lent = receive(&channel)?.descriptors;
-    send(&channel, b"credit", &[])?;
-    receive(&channel)?;
-    let server: TcpStream = lent.pop().context("no connection came")?.into();
-    let listener: UnixListener = lent.pop().context("no listener came")?.into();
     let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    epoll::add(
-        &poller,
-        &server,
-        epoll::EventData::new_u64(1),
-        epoll::EventFlags::IN | epoll::EventFlags::ET,
-    )?;
+    read_manifest(&receive(&channel)?.0.descriptors)?;
+    let mut lent = Vec::new();
+    loop {
+        let batch = receive(&channel)?.0.descriptors;
+        if batch.is_empty() {
+            break;
+        }
+        lent.extend(batch);
+        send(&channel, b"credit", &[])?;
+    }
+    let listener: UnixListener = lent.remove(0).into();
+    for (connection, token) in lent.iter().zip(0..) {
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&poller, connection, epoll::EventData::new_u64(token), flags)?;
+    }
+    let registered = now();
     send(&channel, b"ready", &[])?;
-    let mut bytes = [0; 64];
-    let delta = receive_with(&channel, &mut bytes, Wait::Block)?;
-    read_manifest(&delta.descriptors)?;
-    let frozen_at = u64::from_le_bytes(bytes[..8].try_into()?);
+    read_manifest(&receive(&channel)?.0.descriptors)?;
     send(&channel, b"accept", &[])?;
     receive(&channel)?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
     send(&channel, b"taken", &[])?;
-    let whole = begun.elapsed();
-    (&server).read_exact(&mut [0])?;
-    let round = Round { pause: monotonic_ns() - frozen_at, whole: whole.as_nanos() as u64 };
-    say(&serde_json::to_string(&round)?)?;
-    serve(&listener, &server, &lock)
+    let serving = now();
+    let mut connection: TcpStream = lent.pop().context("no connection came")?.into();
+    connection.read_exact(&mut [0])?;
+    let read = now();
+    lent.push(connection.into());
+    say(&Came { began, registered, serving, read })?;
+    serve(&listener, &lent, &lock)
 }
 
-fn serve(listener: &UnixListener, server: &TcpStream, lock: &OwnedFd) -> anyhow::Result<()> {
+fn serve(listener: &UnixListener, connections: &[OwnedFd], lock: &OwnedFd) -> anyhow::Result<()> {
     let (asking, _) = listener.accept()?;
     receive(&asking)?;
     let (channel, theirs) =
@@ -78,17 +82,20 @@ fn serve(listener: &UnixListener, server: &TcpStream, lock: &OwnedFd) -> anyhow:
     send(&asking, b"welcome", &[theirs.as_fd()])?;
     drop(theirs);
     send(&channel, b"offer", &[sealed()?.as_fd()])?;
-    send(&channel, b"batch", &[listener.as_fd(), server.as_fd()])?;
+    let lent: Vec<BorrowedFd<'_>> =
+        std::iter::once(listener.as_fd()).chain(connections.iter().map(AsFd::as_fd)).collect();
+    for batch in lent.chunks(BATCH) {
+        send(&channel, b"batch", batch)?;
+    }
     send(&channel, b"offered", &[])?;
-    receive(&channel)?;
-    receive(&channel)?;
-    let frozen_at = monotonic_ns();
-    send(&channel, &frozen_at.to_le_bytes(), &[sealed()?.as_fd()])?;
+    while receive(&channel)?.1 != b"ready" {}
+    let frozen = now();
+    send(&channel, b"freeze", &[sealed()?.as_fd()])?;
     receive(&channel)?;
     rustix::fs::flock(lock, FlockOperation::Unlock)?;
     send(&channel, b"released", &[])?;
     receive(&channel)?;
-    Ok(())
+    say(&Left { frozen })
 }
 
 fn lock_file(control: &Path) -> anyhow::Result<OwnedFd> {
@@ -125,10 +132,12 @@ fn send(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> anyh
     Ok(())
 }
 
-fn receive(socket: impl AsFd) -> anyhow::Result<Received> {
-    let received = receive_with(socket, &mut [0; 64], Wait::Block)?;
+fn receive(socket: impl AsFd) -> anyhow::Result<(Received, Vec<u8>)> {
+    let mut bytes = [0; 64];
+    let received = receive_with(socket, &mut bytes, Wait::Block)?;
     if received.bytes == 0 {
         bail!("the other process of the measurement has ended");
     }
-    Ok(received)
+    let bytes = bytes[..received.bytes].to_vec();
+    Ok((received, bytes))
 }

@@ -113,11 +113,13 @@ fn build(source: &Path, profile: &str, name: &str) -> PathBuf {
         }
     }
     assert!(output.status.success(), "cargo build:\n{}", String::from_utf8_lossy(&output.stderr));
-    // All builds leave their program at the same place. A rename replaces one that still runs.
+    // All builds leave their program at the same place: give it a name of its own, also while an earlier one runs. A
+    // link and no copy, since a file that was open for writing a moment ago may not be executable yet.
     let built = builds.join(if profile == "dev" { "debug" } else { profile }).join("heirloom");
     let (fresh, kept) = (builds.join(format!("{name}.new")), builds.join(name));
-    std::fs::copy(built, &fresh)
-        .and_then(|_| std::fs::rename(fresh, &kept))
+    let _ = std::fs::remove_file(&fresh);
+    std::fs::hard_link(built, &fresh)
+        .and_then(|()| std::fs::rename(&fresh, &kept))
         .expect("the program can be kept");
     kept
 }
