@@ -2,13 +2,18 @@
 
 mod support;
 
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
 use std::time::Instant;
 
 use heirloom::control::Client;
 use heirloom::peer::Peer;
+use heirloom::{Config, NoRequests, Replace, Service, Start};
 use support::*;
+
+/// How many times processes race for one path.
+const ROUNDS: usize = 20;
 
 /// A server that accepts and says nothing, and a chat that is connected to it.
 fn connected_chat(control: &Path) -> (TcpListener, String, Process) {
@@ -62,9 +67,48 @@ fn a_second_successor_is_refused_at_once_and_questions_are_answered_meanwhile() 
     assert_eq!(status(&control).generation, 4);
 }
 
+/// Fails unless a successor that starts now is refused because of the takeover that this process holds.
+#[track_caller]
+fn refused_because_of(holder: u32, control: &Path, address: &str) {
+    for replace in ["try", "must"] {
+        let mut second = Process::start(&mut chat(address, control, &["--replace", replace]));
+        second.wait_for_code(4);
+        let said = second.stderr();
+        assert!(said.contains(&format!("a takeover by pid {holder}")), "{said}");
+    }
+}
+
+#[test]
+fn a_takeover_that_is_held_before_the_freeze_refuses_others_and_stops_nothing() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (listener, address, mut first) = connected_chat(&control);
+    let (mut server, _) = listener.accept().expect("accept");
+    let service = Service::new(format!("chat {address}"));
+    let started = heirloom::start::<NoRequests>(&control, service, Config::default(), Replace::Must);
+    let Start::Successor(successor) = started.expect("admitted") else { panic!("somebody serves") };
+    refused_because_of(std::process::id(), &control, &address);
+
+    let offered = successor.receive().expect("an offer");
+    refused_because_of(std::process::id(), &control, &address);
+    let answer = try_status(&control).expect("status is answered");
+    assert!(answer.takeover_running);
+    assert_eq!((answer.generation, answer.pid), (0, first.id()));
+    server.write_all(b"still here\n").expect("write");
+    wait_for("the incumbent to go on serving", || first.stdout() == b"still here\n");
+
+    drop(offered);
+    wait_for("the takeover to end", || !status(&control).takeover_running);
+    assert!(first.is_running());
+    let second = Process::start(&mut chat(&address, &control, &["--replace", "must"]));
+    first.wait_for_code(0);
+    let answer = status(&control);
+    assert_eq!((answer.generation, answer.pid), (1, second.id()));
+}
+
 #[test]
 fn of_several_that_may_not_replace_exactly_one_serves() {
-    for (round, count) in [2, 5].into_iter().cycle().take(30).enumerate() {
+    for (round, count) in [2, 5].into_iter().cycle().take(2 * ROUNDS).enumerate() {
         let scratch = Scratch::new();
         let control = scratch.path("chat.sock");
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
@@ -89,7 +133,7 @@ fn of_several_that_may_not_replace_exactly_one_serves() {
 
 #[test]
 fn of_several_that_may_replace_one_serves_in_the_end() {
-    for round in 0..20 {
+    for round in 0..ROUNDS {
         let scratch = Scratch::new();
         let control = scratch.path("chat.sock");
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");

@@ -5,11 +5,15 @@ mod rogue;
 mod stream;
 mod support;
 
+use std::io::Write;
+use std::os::unix::net::UnixListener;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use heirloom::control::{LastTakeover, Status};
+use heirloom::NoRequests;
+use heirloom::control::{Failure, FailureCode, LastTakeover, Reply, Status};
+use heirloom::lock::{LockFile, lock_path};
 use rogue::{Plot, Role};
 use rustix::process::Signal;
 use stream::Stream;
@@ -165,7 +169,7 @@ fn finish(stream: &mut Stream, control: &std::path::Path, mut incumbent: Process
 }
 
 /// How many times the program is stopped.
-const ROUNDS: u64 = 20;
+const ROUNDS: u64 = 16;
 
 /// The program itself is stopped at moments that are spread over its takeover, and continued later: it ends by itself,
 /// or it has taken over.
@@ -179,12 +183,17 @@ fn the_program_stopped_at_any_moment_either_serves_or_ends() {
     let (mut rolled_back, mut generation) = (0, 0);
     for round in 0..ROUNDS {
         let mut successor = Process::start(&mut chat(stream.address(), &control, &["--replace", "must"]));
-        // The stimulus, not a wait: from before its Hello to after its Taken.
-        thread::sleep(Duration::from_micros(500 + 300 * round));
+        let incumbent = outputs.last_mut().expect("one");
+        let begun = format!("takeover begins successor=pid {} ", successor.id());
+        while !incumbent.stderr().contains(&begun) && successor.is_running() {
+            std::hint::spin_loop();
+        }
+        // The stimulus, not a wait: from the Hello to after Taken, which is a few milliseconds.
+        thread::sleep(Duration::from_micros(150 * round));
         successor.signal(Signal::STOP);
         // Long enough for the limits of a freeze to pass, on an idle machine; what comes of it is looked at afterwards.
-        let until = Instant::now() + Duration::from_secs(4);
-        while outputs.last_mut().expect("one").is_running() && Instant::now() < until {
+        let until = Instant::now() + Duration::from_millis(2500);
+        while incumbent.is_running() && Instant::now() < until {
             let ended = |status: Status| {
                 status.last_takeover.is_some_and(|last| last.peer_pid == Some(successor.id()))
             };
@@ -206,16 +215,145 @@ fn the_program_stopped_at_any_moment_either_serves_or_ends() {
             outputs.push(successor);
         } else {
             rolled_back += 1;
-            let status = successor.wait();
-            assert!(matches!(status.code(), Some(5) | None), "{status}: {}", successor.stderr());
-            assert_eq!(successor.stdout_len(), 0, "it wrote without having taken over");
-            assert!(status.code().is_none() || successor.stderr().contains("the takeover ended at step"));
-            assert!(outputs.last_mut().expect("one").is_running());
+            let incumbent = outputs.last_mut().expect("one");
+            ended_by_itself(&mut successor, incumbent);
         }
         assert_eq!(status(&control).generation, generation);
     }
     println!("of {ROUNDS} successors {rolled_back} were rolled back and {generation} served");
     stream.ends_exact(0, &outputs.iter().collect::<Vec<_>>());
+}
+
+/// Fails unless the successor has ended with an error, or was ended for the lock it held, and has served nobody.
+#[track_caller]
+fn ended_by_itself(successor: &mut Process, incumbent: &mut Process) {
+    let ended = successor.wait();
+    let said = successor.stderr();
+    match ended.code() {
+        Some(code) => assert!(code == 5 && said.contains("the takeover ended at step"), "{ended}: {said}"),
+        None => wait_for("the log of why", || incumbent.stderr().contains("takeover ended: resumed")),
+    }
+    assert_eq!(successor.stdout_len(), 0, "it wrote without having taken over");
+    assert!(incumbent.is_running(), "{}", incumbent.stderr());
+}
+
+/// The program is stopped between Accept and Taken: it is kept from the lock, which the test takes before it can.
+#[test]
+fn the_program_stopped_while_it_waits_for_the_lock_ends_when_it_is_continued() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let mut stream = Stream::start();
+    let mut outputs = vec![Process::start(&mut chat(stream.address(), &control, &[]))];
+    wait_until_connected(&control);
+    let (mut stopped, mut tries) = (0, 0);
+    while stopped < 3 {
+        tries += 1;
+        assert!(tries < 100, "the test never gets the lock");
+        let mut file = LockFile::open(lock_path(&control)).expect("the lock file");
+        let mut successor = Process::start(&mut chat(stream.address(), &control, &["--replace", "must"]));
+        let incumbent = outputs.last_mut().expect("one");
+        // The two ask for it at the same time, and the one that asks more often mostly gets it.
+        let lock = loop {
+            match file.try_lock() {
+                Ok(lock) => break Some(lock),
+                Err((back, _)) => file = back,
+            }
+            if !incumbent.is_running() {
+                break None;
+            }
+        };
+        let Some(lock) = lock else {
+            outputs.push(successor);
+            continue;
+        };
+        stopped += 1;
+        successor.signal(Signal::STOP);
+        drop(lock);
+        let last = resumed("waiting for the lock", &control, &successor);
+        let reason = last.reason.expect("a reason");
+        assert_eq!(reason, "at step taken: the other side did not answer within 2s");
+        successor.signal(Signal::CONT);
+        successor.wait_for_code(5);
+        ended_by_itself(&mut successor, incumbent);
+    }
+    println!("stopped {stopped} of {tries} successors at the lock");
+    stream.ends_exact(0, &outputs.iter().collect::<Vec<_>>());
+}
+
+/// A program made of the library's stages, stopped between them.
+#[test]
+fn a_program_stopped_between_two_stages_is_told_that_the_takeover_is_over() {
+    let stages = [
+        ("admitted", "at step ready: the other side did not answer within 30s"),
+        ("prepared", "at step ready: the other side did not answer within 30s"),
+        ("complete", "at step accept: the other side did not answer within 2s"),
+    ];
+    let rows = stages.map(|(point, reason)| {
+        thread::spawn(move || {
+            let scratch = Scratch::new();
+            let control = scratch.path("chat.sock");
+            let mut stream = Stream::start();
+            let incumbent = Process::start(&mut chat(stream.address(), &control, &[]));
+            wait_until_connected(&control);
+            let plot = Plot { role: Role::LibrarySuccessor, point, act: "pause" };
+            let mut successor = rogue::start(plot, &control, stream.address());
+            rogue::wait_until_there(&successor);
+            successor.signal(Signal::STOP);
+            assert_eq!(resumed(point, &control, &successor).reason.as_deref(), Some(reason));
+            successor.signal(Signal::CONT);
+            successor.write(b"go on\n");
+            successor.wait_for_code(rogue::GAVE_UP);
+            let said = rogue::says(&successor);
+            assert!(said.contains("withdrew: at step") && said.contains("did not answer within"), "{said}");
+            finish(&mut stream, &control, incumbent);
+            format!("{point:>9} {}", said.lines().last().unwrap_or_default())
+        })
+    });
+    print_all(rows.into_iter().map(thread::JoinHandle::join));
+}
+
+/// With thousands of descriptors the incumbent is still sending when its successor fails.
+#[test]
+fn a_successor_that_fails_between_two_batches_leaves_the_incumbent_serving() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let plot = Plot { role: Role::CrowdedIncumbent, point: "", act: "" };
+    let mut incumbent = rogue::start(plot, &control, "nowhere");
+    wait_for("it to serve", || rogue::says(&incumbent).contains("serving"));
+    for (act, cause) in SUCCESSOR_ACTS {
+        let pauses = matches!(act, "kill" | "stop");
+        let plot = Plot { role: Role::Successor, point: "batch", act: if pauses { "pause" } else { act } };
+        let mut rogue = rogue::start(plot, &control, "nowhere");
+        rogue::wait_until_there(&rogue);
+        match act {
+            "kill" => rogue.kill(),
+            "stop" => rogue.signal(Signal::STOP),
+            _ => {}
+        }
+        let last = resumed(act, &control, &rogue);
+        let reason = last.reason.expect("a reason");
+        assert!(reason.starts_with("at step offer: "), "{act}: {reason}");
+        assert!(cause.iter().any(|cause| reason.contains(cause)), "{act}: {reason}");
+        assert!(
+            last.items > 1000 && last.items < rogue::CROWD as u64,
+            "{act}: {} items were sent",
+            last.items
+        );
+        assert!(incumbent.is_running());
+    }
+    heirloom::descriptors::raise_limit().expect("setrlimit");
+    let service = heirloom::Service::new("chat nowhere");
+    let started = heirloom::start::<NoRequests>(
+        &control,
+        service,
+        heirloom::Config::default(),
+        heirloom::Replace::Must,
+    );
+    let Ok(heirloom::Start::Successor(successor)) = started else { panic!("{started:?}") };
+    let offered = successor.receive().expect("an offer");
+    let taken = offered.ready().expect("a freeze").accept::<NoRequests>().expect("the end");
+    assert_eq!(taken.bundle.close_rest().len(), rogue::CROWD);
+    wait_for("the incumbent to end", || rogue::says(&incumbent).contains("TAKEN"));
 }
 
 #[test]
@@ -288,6 +426,29 @@ fn an_incumbent_without_descriptors_to_spare_serves_on() {
     }
     println!("{replaced} were replaced, {served_on} served on");
     assert!(replaced > 0 && served_on > 0, "the limits do not cover both");
+}
+
+/// An incumbent that refuses everybody answers and closes without having read anything. However fast it is, its answer
+/// is heard, and it is asked no second time.
+#[test]
+fn the_answer_of_an_incumbent_that_has_closed_already_is_heard() {
+    const SUCCESSORS: usize = 30;
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let listener = UnixListener::bind(&control).expect("bind");
+    let incumbent = thread::spawn(move || {
+        let refusal = Reply::Error(Failure::new(FailureCode::Permission, "not you")).to_line();
+        for _ in 0..SUCCESSORS {
+            let (mut client, _) = listener.accept().expect("accept");
+            client.write_all(&refusal).expect("write");
+        }
+    });
+    for _ in 0..SUCCESSORS {
+        let mut successor = Process::start(&mut chat("127.0.0.1:9", &control, &["--replace", "must"]));
+        successor.wait_for_code(4);
+        assert!(successor.stderr().contains("the incumbent refused: not you"), "{}", successor.stderr());
+    }
+    incumbent.join().expect("each has asked once");
 }
 
 /// Where an incumbent fails and how, what the successor ends with (0 is: it serves), and what it says.

@@ -171,3 +171,38 @@ fn buffers_are_emptied_before_an_old_program_gets_the_connection() {
     wait_for_more(&successor);
     stream.ends_exact(0, &[&incumbent, &successor]);
 }
+
+/// An old program cannot be handed what a failed stdout did not take. It is refused, and the incumbent goes on as before.
+#[test]
+fn an_old_program_is_refused_while_stdout_fails() {
+    if !have("python3") {
+        return skip("python3 plays the old program");
+    }
+    let scratch = Scratch::new();
+    let (control, path) = (scratch.path("chat.sock"), scratch.path("stdout"));
+    let stream = Stream::start();
+    let file = std::fs::File::create(&path).expect("create");
+    // A disk that is full after a few kilobytes. The signal that says so as well would end the program.
+    let mut command = Command::new("sh");
+    command.args([
+        "-c",
+        "trap '' XFSZ; ulimit -S -f 16; exec \"$@\"",
+        "sh",
+        env!("CARGO_BIN_EXE_heirloom"),
+        "chat",
+    ]);
+    command.arg(stream.address()).arg("--control").arg(&control);
+    let mut incumbent = Process::start_between(&mut command, std::process::Stdio::null(), file);
+    wait_for("stdout to fail", || incumbent.stderr().contains("cannot write to stdout"));
+    let mut successor = old(stream.address(), &control, "");
+    successor.wait_for_code(1);
+    assert!(incumbent.is_running());
+    // The disk has room again.
+    let pid = rustix::process::Pid::from_raw(incumbent.id() as i32);
+    let unlimited = rustix::process::Rlimit { current: None, maximum: None };
+    rustix::process::prlimit(pid, rustix::process::Resource::Fsize, unlimited).expect("prlimit");
+    wait_for("much more on stdout", || std::fs::metadata(&path).expect("stat").len() > 1_000_000);
+    let written = std::fs::read(&path).expect("read");
+    let expected: Vec<u8> = (0..).flat_map(stream::line).take(written.len()).collect();
+    assert!(written == expected, "something is missing");
+}

@@ -4,9 +4,14 @@ mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use heirloom::NoRequests;
+use heirloom::control::{Client, Reply, Request};
+use rustix::io::ioctl_fionread;
+use rustix::pipe::fcntl_getpipe_size;
 use rustix::process::Signal;
 use support::*;
 
@@ -29,6 +34,11 @@ fn chat_with_own_stdout(command: &mut Command) -> (std::process::Child, std::pro
     (child, stdout)
 }
 
+/// How many bytes the chat has read from its server, as far as it says.
+fn bytes_in(control: &Path) -> u64 {
+    try_status(control).and_then(|status| status.counters.get("bytes_in").copied()).unwrap_or(0)
+}
+
 fn stderr_of(child: std::process::Child) -> (Option<i32>, String) {
     let output = child.wait_with_output().expect("wait");
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
@@ -37,15 +47,21 @@ fn stderr_of(child: std::process::Child) -> (Option<i32>, String) {
 #[test]
 fn a_closed_stdout_ends_with_the_number_of_bytes_that_were_not_written() {
     let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
     let (listener, address) = listen();
-    let (child, stdout) =
-        chat_with_own_stdout(&mut chat(&address, &scratch.path("chat.sock"), &["--linger", "0s"]));
+    let (child, stdout) = chat_with_own_stdout(&mut chat(&address, &control, &["--linger", "0s"]));
     let (mut server, _) = listener.accept().expect("accept");
+    server.write_all(&lines(0, 20_000)).expect("write");
+    let pipe = fcntl_getpipe_size(&stdout).expect("a pipe has a size") as u64;
+    wait_for("a full pipe and a buffer with the rest", || {
+        bytes_in(&control) == 180_000 && ioctl_fionread(&stdout).expect("a pipe can tell") == pipe
+    });
     drop(stdout);
-    server.write_all(&lines(0, 100)).expect("write");
     let (code, said) = stderr_of(child);
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("stdout was closed") && said.contains("bytes were not written"), "{said}");
+    let unwritten =
+        format!("stdout was closed, and no successor came: {} bytes were not written", 180_000 - pipe);
+    assert!(said.contains(&unwritten), "{said}");
 }
 
 /// What the first client had read and not written reaches the second. What was in the pipe that nobody reads any more
@@ -89,17 +105,13 @@ fn a_full_disk_loses_nothing() {
     let (listener, address) = listen();
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("open");
     let mut command = chat(&address, &control, &[]);
-    let child = command.stdin(Stdio::null()).stdout(full).stderr(Stdio::piped()).spawn().expect("start");
+    let mut first = Process::start_between(&mut command, Stdio::null(), full);
     let (mut server, _) = listener.accept().expect("accept");
     server.write_all(b"kept\n").expect("write");
-    wait_for("the bytes to be read", || {
-        try_status(&control).is_some_and(|status| status.counters["bytes_in"] == 5)
-    });
+    wait_for("another try", || first.stderr().matches("cannot write to stdout").count() >= 2);
     let second = Process::start(&mut chat(&address, &control, &["--replace", "must"]));
     wait_for("the bytes", || second.stdout() == b"kept\n");
-    let (code, said) = stderr_of(child);
-    assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("cannot write to stdout"), "{said}");
+    first.wait_for_code(0);
 }
 
 #[test]
@@ -216,4 +228,39 @@ fn a_slow_reader_is_waited_for_when_the_chat_is_told_to_stop() {
     Process::start(heirloom().arg("quit").arg("--control").arg(&control)).wait_for_code(0);
     chat.wait_for_code(0);
     assert_eq!(chat.stdout(), lines(0, 20_000));
+}
+
+/// A stop is not held up by a stdout that closes meanwhile, however long `--linger` is.
+#[test]
+fn a_stdout_that_closes_while_the_chat_stops_does_not_hold_it_up() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (listener, address) = listen();
+    let (child, stdout) = chat_with_own_stdout(&mut chat(&address, &control, &["--linger", "1h"]));
+    let (mut server, _) = listener.accept().expect("accept");
+    server.write_all(&lines(0, 20_000)).expect("write");
+    wait_for("the bytes to be read", || bytes_in(&control) == 180_000);
+    let mut client = Client::connect(&control).expect("connect");
+    assert_eq!(client.request(&Request::<NoRequests>::Quit).expect("an answer"), Reply::Bye);
+    drop(stdout);
+    let (code, said) = stderr_of(child);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("stopping with bytes that nobody took"), "{said}");
+}
+
+/// A stop does not wait for a disk to have room again, and says what is lost.
+#[test]
+fn a_stop_with_a_full_disk_says_what_was_not_written() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (listener, address) = listen();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("open");
+    let mut chat = Process::start_between(&mut chat(&address, &control, &[]), Stdio::null(), full);
+    let (mut server, _) = listener.accept().expect("accept");
+    server.write_all(b"lost\n").expect("write");
+    wait_for("a stdout that fails", || chat.stderr().contains("cannot write to stdout"));
+    chat.signal(Signal::TERM);
+    chat.wait_for_code(0);
+    assert!(chat.stderr().contains("stopping with bytes that nobody took unwritten=5"), "{}", chat.stderr());
+    assert!(!control.exists(), "the control socket is removed");
 }

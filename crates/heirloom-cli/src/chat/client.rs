@@ -156,24 +156,35 @@ impl Client {
     }
 
     fn pump_failed(&mut self, error: PumpError) -> Result<(), Failure> {
-        match error {
-            PumpError::StdoutClosed { unwritten } => {
+        let (unwritten, cause) = match error {
+            PumpError::StdoutClosed { unwritten } => (unwritten, None),
+            PumpError::Stdout { unwritten, source } => (unwritten, Some(source)),
+            PumpError::GaveUp(error) => return Err(Failure::new(Exit::Failed, anyhow!("{error}"))),
+            PumpError::Poll(error) => {
+                return Err(Failure::new(Exit::Failed, anyhow!(error).context("cannot wait")));
+            }
+        };
+        let now = Instant::now();
+        if let Some(connection) = self.older() {
+            self.refuse_older(connection, "the incumbent cannot write to its stdout");
+        }
+        self.mode = match cause {
+            // Nobody may take over any more, so that there is nothing to wait for.
+            _ if matches!(self.mode, Mode::Stopping { .. }) => Mode::Stopping { until: now },
+            None => {
                 tracing::error!(
                     unwritten,
                     "nobody reads stdout any more; a successor that is started within {:?} gets everything",
                     self.linger
                 );
-                self.mode = Mode::Lingering { until: Instant::now() + self.linger, unwritten };
-                Ok(())
+                Mode::Lingering { until: now + self.linger, unwritten }
             }
-            PumpError::Stdout { unwritten, source } => {
-                tracing::error!(unwritten, error = %source, "cannot write to stdout; nothing is lost, trying again");
-                self.mode = Mode::Resting { until: Instant::now() + STDOUT_RETRY };
-                Ok(())
+            Some(error) => {
+                tracing::error!(unwritten, %error, "cannot write to stdout; nothing is lost, trying again");
+                Mode::Resting { until: now + STDOUT_RETRY }
             }
-            PumpError::GaveUp(error) => Err(Failure::new(Exit::Failed, anyhow!("{error}"))),
-            PumpError::Poll(error) => Err(Failure::new(Exit::Failed, anyhow!(error).context("cannot wait"))),
-        }
+        };
+        Ok(())
     }
 
     /// A signal has come: empties the buffers first; a second signal ends the client at once.
@@ -186,8 +197,17 @@ impl Client {
                 self.mode = Mode::Stopping { until: Instant::now() + STOP_WITHIN };
                 Next::Go
             }
-            _ => Next::End,
+            _ => self.abandon(),
         }
+    }
+
+    /// Ends, whatever has not been written and sent.
+    fn abandon(&self) -> Next {
+        if !self.pump.flushed() {
+            let (unwritten, unsent) = (self.pump.unwritten(), self.pump.unsent());
+            tracing::warn!(unwritten, unsent, "stopping with bytes that nobody took");
+        }
+        Next::End
     }
 
     /// Answers at the control socket until there is nothing more to answer.
@@ -297,9 +317,7 @@ impl Client {
                     return Ok(Next::End);
                 }
                 if now >= *until {
-                    let (unwritten, unsent) = (self.pump.unwritten(), self.pump.unsent());
-                    tracing::warn!(unwritten, unsent, "stopping with bytes that nobody took");
-                    return Ok(Next::End);
+                    return Ok(self.abandon());
                 }
             }
             Mode::Older(Older::Flushing { connection, until }) => {
@@ -307,9 +325,7 @@ impl Client {
                 if self.pump.flushed() {
                     self.hand_to_older(connection)?;
                 } else if late {
-                    let failure = Refusal::new(FailureCode::Busy, "the incumbent's buffers do not empty");
-                    self.incumbent.answer_later(connection, Reply::Error(failure).to_line(), Vec::new());
-                    self.older_left(connection);
+                    self.refuse_older(connection, "the incumbent's buffers do not empty");
                 }
             }
         }
@@ -321,6 +337,13 @@ impl Client {
         self.incumbent.answer_later(connection, b"hi".to_vec(), descriptor.into_iter().collect());
         self.mode = Mode::Older(Older::Handed { connection });
         Ok(())
+    }
+
+    /// Tells a program of protocol 0 that it does not get the connection now.
+    fn refuse_older(&mut self, connection: ConnectionId, why: &str) {
+        let failure = Refusal::new(FailureCode::Busy, why);
+        self.incumbent.answer_later(connection, Reply::Error(failure).to_line(), Vec::new());
+        self.older_left(connection);
     }
 
     /// A program of protocol 0 has gone without a commit, if it was that connection's.

@@ -4,7 +4,9 @@
 //! killed and stopped. Each test binary that uses them has a test `rogue` that calls [`run`].
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+mod crowd;
 mod incumbent;
+mod library;
 mod successor;
 
 use std::io::{BufRead, Write};
@@ -16,6 +18,8 @@ use std::time::Duration;
 use heirloom::channel::{Channel, Incoming, SendError};
 use heirloom::descriptors::{Wait, send_with};
 use rustix::event::{PollFd, PollFlags, poll};
+
+pub(crate) use crowd::DESCRIPTORS as CROWD;
 
 use crate::support::{Process, wait_for};
 
@@ -31,8 +35,27 @@ pub(crate) const GAVE_UP: i32 = 5;
 /// Which part a rogue plays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
+    /// Speaks the protocol by itself, and misbehaves.
     Successor,
+    /// Uses the library as a program does, and pauses.
+    LibrarySuccessor,
+    /// Speaks the protocol by itself, and misbehaves.
     Incumbent,
+    /// Uses the library, behaves well, and has very many descriptors.
+    CrowdedIncumbent,
+}
+
+impl Role {
+    const ALL: [Role; 4] = [Role::Successor, Role::LibrarySuccessor, Role::Incumbent, Role::CrowdedIncumbent];
+
+    fn play(self, rogue: &Rogue) {
+        match self {
+            Role::Successor => successor::run(rogue),
+            Role::LibrarySuccessor => library::run(rogue),
+            Role::Incumbent => incumbent::run(rogue),
+            Role::CrowdedIncumbent => crowd::run(rogue),
+        }
+    }
 }
 
 /// Where it misbehaves and how.
@@ -53,7 +76,7 @@ pub(crate) fn command(plot: Plot<'_>, control: &Path, address: &str) -> Command 
     let mut command = Command::new(std::env::current_exe().expect("this program"));
     command
         .args(["rogue", "--exact", "--nocapture", "--test-threads=1"])
-        .env(ROLE, if plot.role == Role::Successor { "successor" } else { "incumbent" })
+        .env(ROLE, format!("{:?}", plot.role))
         .env(CONTROL, control)
         .env(SERVER, address)
         .env(POINT, plot.point)
@@ -83,10 +106,8 @@ pub(crate) fn run() {
         point: variable(POINT),
         act: variable(ACT),
     };
-    match role.as_str() {
-        "successor" => successor::run(&rogue),
-        _ => incumbent::run(&rogue),
-    }
+    let known = Role::ALL.into_iter().find(|known| format!("{known:?}") == role);
+    known.expect("a role").play(&rogue);
 }
 
 struct Rogue {
@@ -134,6 +155,14 @@ impl Rogue {
         }
         self.done();
         self.pause();
+    }
+
+    /// Does nothing but wait, if this is the point for it.
+    fn pause_at(&self, point: &str) {
+        if point == self.point {
+            self.done();
+            self.pause();
+        }
     }
 
     fn done(&self) {

@@ -19,7 +19,7 @@ pub(super) fn run(rogue: &Rogue) {
         version: "6".into(),
         pid: std::process::id(),
         schema: VersionRange::new(1, 1),
-        room: 1000,
+        room: 1_000_000,
         generation: None,
     };
     client.send(&Request::<NoRequests>::Takeover(hello)).expect("send");

@@ -211,7 +211,12 @@ fn ask<A: DeserializeOwned>(
     let sent = client
         .send(&Request::<NoRequests>::Takeover(hello))
         .and_then(|()| client.send(&Request::<NoRequests>::Ping));
-    let (line, mut descriptors) = match sent.and_then(|()| client.receive()) {
+    let received = match sent {
+        // It may have answered all the same, before it closed or while it died.
+        Ok(()) | Err(ClientError::Closed { .. }) => client.receive(),
+        Err(error) => Err(error),
+    };
+    let (line, mut descriptors) = match received {
         Ok(answer) => answer,
         Err(ClientError::Closed { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
