@@ -4,14 +4,17 @@ mod stream;
 mod support;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use stream::Stream;
+use support::generations::{Sender, accept, assert_same, listen};
 use support::*;
 
 /// The old program: a chat client that buffers nothing. `old.py ADDRESS CONTROL` takes over if somebody listens at CONTROL;
-/// with a third argument it plays a part: `unconnected` (an incumbent without a connection) or `dies` (a successor that ends
-/// when it has the descriptor).
+/// with a third argument it plays a part: `unconnected` (an incumbent without a connection), `dies` (a successor that ends
+/// when it has the descriptor) or `waits` (one that says so then, and commits once it reads a line).
 const OLD_PROGRAM: &str = r#"
 import array, os, select, socket, sys
 address, control = sys.argv[1], sys.argv[2]
@@ -27,6 +30,9 @@ try:
         tcp = socket.socket(fileno=array.array("i", payload)[0])
     if part == "dies":
         sys.exit(9)
+    if part == "waits":
+        print("handed", file=sys.stderr, flush=True)
+        sys.stdin.readline()
     old.sendall(b'"Quit"\n')
     while old.recv(100): pass
     old.close()
@@ -67,7 +73,9 @@ while True:
                     sock.sendmsg([b"hi"], rights)
                     # It touches nothing more: the next thing it wants to hear is Quit.
                     while clients[sock].find(b'"Quit"') < 0:
-                        clients[sock] += sock.recv(100)
+                        more = sock.recv(100)
+                        if not more: sys.exit(2)
+                        clients[sock] += more
                     sys.exit(0)
 "#;
 
@@ -114,6 +122,32 @@ fn old_and_new_programs_replace_each_other_in_a_chain() {
 }
 
 #[test]
+fn a_stream_at_full_speed_through_old_and_new_programs_is_exact() {
+    if !have("python3") {
+        return skip("python3 plays the old program");
+    }
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (listener, address) = listen();
+    let mut all = vec![old(&address, &control, "")];
+    let sender = Sender::start(accept(&listener), 200_000);
+    wait_for_more(&all[0]);
+    for kind in ["new", "new", "old"] {
+        let next = match kind {
+            "new" => Process::start(&mut chat(&address, &control, &["--replace", "must"])),
+            _ => old(&address, &control, ""),
+        };
+        all.last_mut().expect("one").wait_for_code(0);
+        wait_for_more(&next);
+        all.push(next);
+    }
+    let sent = sender.finish();
+    let written = || all.iter().map(Process::stdout_len).sum::<usize>();
+    wait_for("the end of the stream", || written() >= sent.len());
+    assert_same(&all.iter().flat_map(Process::stdout).collect::<Vec<_>>(), &sent);
+}
+
+#[test]
 fn an_old_successor_that_dies_without_quit_changes_nothing() {
     if !have("python3") {
         return skip("python3 plays the old program");
@@ -152,13 +186,15 @@ fn an_old_incumbent_without_a_connection_is_replaced_too() {
 /// What the new program has buffered for a slow stdout is written before the old one gets the connection.
 #[test]
 fn buffers_are_emptied_before_an_old_program_gets_the_connection() {
+    /// What a pipe holds (pipe(7)).
+    const PIPE: u64 = 64 * 1024;
     if !have("python3") {
         return skip("python3 plays the old program");
     }
     let scratch = Scratch::new();
     let control = scratch.path("chat.sock");
     let mut stream = Stream::start();
-    let slow = |read| std::thread::sleep(std::time::Duration::from_micros(read as u64 * 12));
+    let slow = |read| std::thread::sleep(Duration::from_micros(read as u64 * 12));
     let mut incumbent = Process::start_reading(&mut chat(stream.address(), &control, &[]), slow);
     wait_until_connected(&control);
     // The stream is faster than 80 kB/s, so that more is read than is written.
@@ -166,7 +202,12 @@ fn buffers_are_emptied_before_an_old_program_gets_the_connection() {
         try_status(&control)
             .is_some_and(|status| status.counters["bytes_in"] > incumbent.stdout_len() as u64 + 100_000)
     });
-    let successor = old(stream.address(), &control, "");
+    let mut successor = old(stream.address(), &control, "waits");
+    wait_for("the descriptor", || successor.stderr().contains("handed"));
+    // Written is what its reader has, and what is in the pipe to it.
+    let unwritten = status(&control).counters["bytes_in"] - incumbent.stdout_len() as u64;
+    assert!(unwritten <= PIPE, "{unwritten} bytes are not with the reader, more than its pipe holds");
+    successor.write(b"go on\n");
     incumbent.wait_for_code(0);
     wait_for_more(&successor);
     stream.ends_exact(0, &[&incumbent, &successor]);
@@ -175,6 +216,8 @@ fn buffers_are_emptied_before_an_old_program_gets_the_connection() {
 /// An old program cannot be handed what a failed stdout did not take. It is refused, and the incumbent goes on as before.
 #[test]
 fn an_old_program_is_refused_while_stdout_fails() {
+    /// A disk that is full after a few kilobytes. The signal that says so as well would end the program.
+    const SMALL_DISK: &str = "trap '' XFSZ; ulimit -S -f 16; exec \"$@\"";
     if !have("python3") {
         return skip("python3 plays the old program");
     }
@@ -182,27 +225,60 @@ fn an_old_program_is_refused_while_stdout_fails() {
     let (control, path) = (scratch.path("chat.sock"), scratch.path("stdout"));
     let stream = Stream::start();
     let file = std::fs::File::create(&path).expect("create");
-    // A disk that is full after a few kilobytes. The signal that says so as well would end the program.
     let mut command = Command::new("sh");
-    command.args([
-        "-c",
-        "trap '' XFSZ; ulimit -S -f 16; exec \"$@\"",
-        "sh",
-        env!("CARGO_BIN_EXE_heirloom"),
-        "chat",
-    ]);
+    command.args(["-c", SMALL_DISK, "sh", env!("CARGO_BIN_EXE_heirloom"), "chat"]);
     command.arg(stream.address()).arg("--control").arg(&control);
-    let mut incumbent = Process::start_between(&mut command, std::process::Stdio::null(), file);
+    let mut incumbent = Process::start_between(&mut command, Stdio::null(), file);
     wait_for("stdout to fail", || incumbent.stderr().contains("cannot write to stdout"));
     let mut successor = old(stream.address(), &control, "");
     successor.wait_for_code(1);
     assert!(incumbent.is_running());
     // The disk has room again.
-    let pid = rustix::process::Pid::from_raw(incumbent.id() as i32);
-    let unlimited = rustix::process::Rlimit { current: None, maximum: None };
-    rustix::process::prlimit(pid, rustix::process::Resource::Fsize, unlimited).expect("prlimit");
+    let pid = Pid::from_raw(incumbent.id() as i32);
+    let unlimited = Rlimit { current: None, maximum: None };
+    prlimit(pid, Resource::Fsize, unlimited).expect("prlimit");
     wait_for("much more on stdout", || std::fs::metadata(&path).expect("stat").len() > 1_000_000);
     let written = std::fs::read(&path).expect("read");
     let expected: Vec<u8> = (0..).flat_map(stream::line).take(written.len()).collect();
     assert!(written == expected, "something is missing");
+}
+
+/// The old program's connection takes two descriptors, itself and the pidfd of who asks; the one to hand over finds no room.
+#[test]
+fn an_incumbent_short_of_descriptors_refuses_an_old_program_and_serves_on() {
+    if !have("python3") {
+        return skip("python3 plays the old program");
+    }
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let mut stream = Stream::start();
+    let mut incumbent = Process::start(&mut chat(stream.address(), &control, &[]));
+    wait_until_connected(&control);
+    let table = format!("/proc/{}/fd", incumbent.id());
+    let open = || -> std::collections::BTreeSet<u64> {
+        let entries = std::fs::read_dir(&table).expect("proc");
+        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+    };
+    // The connection that asked for the status, and the pidfd of who asked, are closed a moment later.
+    let is_to_stay = |number: &u64| {
+        let link = std::fs::read_link(format!("{table}/{number}"));
+        link.is_ok_and(|link| !link.to_string_lossy().contains("pidfd"))
+    };
+    let mut open_now = open();
+    wait_for("an incumbent that nobody asks anything", || {
+        open_now = open();
+        open_now.iter().all(is_to_stay)
+    });
+    let limit = (0..).filter(|number| !open_now.contains(number)).nth(2).expect("numbers do not end");
+    let pid = rustix::process::Pid::from_raw(incumbent.id() as i32);
+    let limited = rustix::process::Rlimit { current: Some(limit), maximum: Some(limit) };
+    rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limited).expect("prlimit");
+
+    let mut successor = old(stream.address(), &control, "");
+    successor.wait_for_code(1);
+    assert!(successor.stderr().contains("AssertionError"), "{}", successor.stderr());
+    wait_for("the log of it", || incumbent.stderr().contains("is refused: the incumbent cannot duplicate"));
+    wait_for_more(&incumbent);
+    assert!(incumbent.is_running());
+    stream.ends_exact(0, &[&incumbent]);
 }

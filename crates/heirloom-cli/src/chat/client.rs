@@ -323,7 +323,7 @@ impl Client {
             Mode::Older(Older::Flushing { connection, until }) => {
                 let (connection, late) = (*connection, now >= *until);
                 if self.pump.flushed() {
-                    self.hand_to_older(connection)?;
+                    self.hand_to_older(connection);
                 } else if late {
                     self.refuse_older(connection, "the incumbent's buffers do not empty");
                 }
@@ -332,27 +332,38 @@ impl Client {
         Ok(Next::Go)
     }
 
-    fn hand_to_older(&mut self, connection: ConnectionId) -> Result<(), Failure> {
-        let descriptor = self.pump.socket().map(|socket| socket.try_clone_to_owned()).transpose()?;
-        self.incumbent.answer_later(connection, b"hi".to_vec(), descriptor.into_iter().collect());
-        self.mode = Mode::Older(Older::Handed { connection });
-        Ok(())
+    fn hand_to_older(&mut self, connection: ConnectionId) {
+        match self.pump.socket().map(|socket| socket.try_clone_to_owned()).transpose() {
+            Ok(descriptor) => {
+                self.incumbent.answer_later(connection, b"hi".to_vec(), descriptor.into_iter().collect());
+                self.mode = Mode::Older(Older::Handed { connection });
+            }
+            Err(error) => {
+                let why = format!("the incumbent cannot duplicate the connection's descriptor: {error}");
+                self.refuse_older(connection, &why);
+            }
+        }
     }
 
-    /// Tells a program of protocol 0 that it does not get the connection now.
+    /// Tells a program of protocol 0 that it does not get the connection now, and serves on.
     fn refuse_older(&mut self, connection: ConnectionId, why: &str) {
+        tracing::warn!("a program of protocol 0 is refused: {why}; serving on");
         let failure = Refusal::new(FailureCode::Busy, why);
         self.incumbent.answer_later(connection, Reply::Error(failure).to_line(), Vec::new());
-        self.older_left(connection);
+        self.pump_again();
     }
 
     /// A program of protocol 0 has gone without a commit, if it was that connection's.
     fn older_left(&mut self, connection: ConnectionId) {
         if self.older() == Some(connection) {
             tracing::warn!("the program of protocol 0 left without taking over; serving on");
-            self.pump.set_reading(true);
-            self.mode = Mode::Pumping;
+            self.pump_again();
         }
+    }
+
+    fn pump_again(&mut self) {
+        self.pump.set_reading(true);
+        self.mode = Mode::Pumping;
     }
 
     /// Tells status which connection there is.

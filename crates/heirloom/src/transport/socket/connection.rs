@@ -64,6 +64,12 @@ impl Connection {
         }
     }
 
+    /// The client has closed its end, so that nothing can reach it. Once all that it sent is read there is nothing left
+    /// to do for it, even if a reply is owed.
+    pub(super) fn hang_up(&mut self) {
+        self.ended |= self.eof;
+    }
+
     /// The next whole line, if the connection is not waiting for a reply. `Err` is a line that is too long.
     pub(super) fn next_line(&mut self) -> Option<Result<Vec<u8>, String>> {
         if self.waiting {

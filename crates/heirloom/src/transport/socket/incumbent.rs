@@ -384,6 +384,9 @@ impl<A> Incumbent<A> {
         if flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
             connection.fill();
         }
+        if flags.contains(epoll::EventFlags::HUP) {
+            connection.hang_up();
+        }
         self.answer(now, id);
     }
 
@@ -974,10 +977,16 @@ impl<A> Freeze<'_, A> {
     ) -> Result<Outcome, HandoverError> {
         now.items.insert(0, control_entry());
         let delta = match self.offered() {
-            Some((base, crc)) => Delta::between(base, crc, &now)?,
-            None => Delta::default(),
+            Some((base, crc)) => Delta::between(base, crc, &now),
+            None => Ok(Delta::default()),
         };
-        self.release(delta, descriptor)
+        match delta {
+            Ok(delta) => self.release(delta, descriptor),
+            Err(error) => {
+                self.resume(&format!("the incumbent cannot write its delta: {error}"));
+                Err(error.into())
+            }
+        }
     }
 
     /// Like [`Freeze::release_all`], for a program that keeps a [`Bundle`].
@@ -1010,7 +1019,9 @@ impl<A> Incumbent<A> {
         let Some(takeover) = &mut self.takeover else { return Ok(()) };
         let Some(offered) = &takeover.offered else { return Ok(()) };
         delta.base_crc = offered.crc;
-        delta.count = (offered.base.items.len() + delta.added.len() - delta.ended.len()) as u64;
+        // If the application ends more than there was, the successor finds out and refuses.
+        let count = (offered.base.items.len() + delta.added.len()).saturating_sub(delta.ended.len());
+        delta.count = count as u64;
         delta.counters = self.record.counters.clone();
         delta.frozen_at_ns = takeover.frozen_at_ns.unwrap_or_else(clock::monotonic_ns);
         let late = delta.added.iter().map(|entry| entry.id).collect();
