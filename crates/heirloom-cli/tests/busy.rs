@@ -15,15 +15,6 @@ use support::*;
 /// How many times processes race for one path.
 const ROUNDS: usize = 20;
 
-/// A server that accepts and says nothing, and a chat that is connected to it.
-fn connected_chat(control: &Path) -> (TcpListener, String, Process) {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-    let address = listener.local_addr().expect("bound").to_string();
-    let chat = Process::start(&mut chat(&address, control, &[]));
-    wait_until_connected(control);
-    (listener, address, chat)
-}
-
 /// A successor that has everything, with the incumbent frozen, and waits.
 fn freeze(control: &Path, address: &str) -> Process {
     let mut command = heirloom();

@@ -3,7 +3,7 @@
 mod support;
 
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,13 +14,8 @@ use rustix::io::ioctl_fionread;
 use rustix::pipe::fcntl_getpipe_size;
 use rustix::process::Signal;
 use support::generations::assert_same;
+use support::generations::listen;
 use support::*;
-
-fn listen() -> (TcpListener, String) {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-    let address = listener.local_addr().expect("bound").to_string();
-    (listener, address)
-}
 
 /// The numbered lines from `from` on, `count` of them.
 fn lines(from: u64, count: u64) -> Vec<u8> {

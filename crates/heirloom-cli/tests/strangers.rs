@@ -3,7 +3,6 @@
 mod support;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -17,14 +16,6 @@ use support::*;
 
 /// Longer than an answer takes on a loaded machine; far shorter than anything that is waited for when it is held up.
 const SOON: Duration = Duration::from_secs(5);
-
-fn connected_chat(control: &Path) -> (TcpListener, String, Process) {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-    let address = listener.local_addr().expect("bound").to_string();
-    let chat = Process::start(&mut chat(&address, control, &[]));
-    wait_until_connected(control);
-    (listener, address, chat)
-}
 
 fn set_mode(path: &Path, mode: u32) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("chmod");

@@ -9,6 +9,15 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use crate::option::{self, Plain};
 
 /// What `SO_PEERCRED` says about a peer (`unix(7)`): as of its `connect`, `listen` or `socketpair`.
+///
+/// ```
+/// use std::os::unix::net::UnixStream;
+///
+/// let (ours, _theirs) = UnixStream::pair()?;
+/// let credentials: heirloom_sys::Credentials = heirloom_sys::peer_credentials(&ours)?;
+/// assert_eq!(credentials.pid, std::process::id());
+/// # std::io::Result::Ok(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Credentials {
     /// The process id, in our pid namespace; 0 when the peer has none there.

@@ -48,6 +48,17 @@ pub struct Channel {
 }
 
 /// What [`Channel::receive`] found.
+///
+/// ```
+/// use heirloom::channel::{Channel, Incoming};
+///
+/// let (ours, theirs) = Channel::pair()?;
+/// let theirs = Channel::adopt(theirs)?;
+/// ours.send(b"hello", &[])?;
+/// let Incoming::Packet { bytes, descriptors } = theirs.receive()? else { panic!() };
+/// assert_eq!((bytes.as_slice(), descriptors.len()), (b"hello".as_slice(), 0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub enum Incoming {
     /// One packet, and the descriptors that were sent with it, in order and close-on-exec.
@@ -65,6 +76,15 @@ pub enum Incoming {
 }
 
 /// Why a packet was not sent. None of it is on its way.
+///
+/// ```
+/// use heirloom::channel::{Channel, SendError};
+///
+/// let (ours, theirs) = Channel::pair()?;
+/// drop(theirs);
+/// assert!(matches!(ours.send(b"hello", &[]), Err(SendError::Closed)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
     /// The queue is full: wait until the channel is writable, then send again.
@@ -102,6 +122,14 @@ pub enum SendError {
 }
 
 /// Why the channel cannot be used any longer. What was received with the error has been closed.
+///
+/// ```
+/// use heirloom::channel::{Channel, ChannelError};
+///
+/// let (stream, _) = std::os::unix::net::UnixStream::pair()?;
+/// assert!(matches!(Channel::adopt(stream.into()), Err(ChannelError::NotAChannel { .. })));
+/// # std::io::Result::Ok(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     /// The descriptor is no UNIX `SOCK_SEQPACKET` socket.

@@ -22,6 +22,15 @@ pub const PER_MESSAGE: usize = 253;
 const CONTROL_SPACE: usize = rustix::cmsg_space!(ScmRights(PER_MESSAGE));
 
 /// What to do when the socket is not ready.
+///
+/// ```
+/// use heirloom::descriptors::{Wait, receive_with};
+///
+/// let (_ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+/// let error = receive_with(&theirs, &mut [0; 8], Wait::DontWait).unwrap_err();
+/// assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+/// # std::io::Result::Ok(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
     /// Wait, unless the socket itself is non-blocking.
@@ -33,6 +42,16 @@ pub enum Wait {
 /// What one [`receive_with`] has got.
 ///
 /// Dropping it closes the descriptors.
+///
+/// ```
+/// use heirloom::descriptors::{Received, Wait, receive_with, send_with};
+///
+/// let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+/// send_with(&ours, b"hi", &[], Wait::Block)?;
+/// let Received { bytes, descriptors, .. } = receive_with(&theirs, &mut [0; 8], Wait::Block)?;
+/// assert_eq!((bytes, descriptors.len()), (2, 0));
+/// # std::io::Result::Ok(())
+/// ```
 #[derive(Debug)]
 pub struct Received {
     /// Bytes written to the front of the buffer. 0 is the end, or an empty message.

@@ -64,7 +64,17 @@ pub struct LockFile {
 /// The proof that this process holds the service lock. Dropping it releases the lock, unless another
 /// process shares the descriptor.
 ///
-/// See [`LockFile`] for an example.
+/// ```
+/// use heirloom::lock::{LockFile, ServiceLock};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("echo.sock.lock");
+/// let lock: ServiceLock = LockFile::open(&path)?.try_lock().map_err(|(_, error)| error)?;
+/// assert!(LockFile::open(&path)?.try_lock().is_err(), "one at a time");
+/// let file: LockFile = lock.release();
+/// assert!(file.try_lock().is_ok());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 #[must_use = "dropping it releases the lock"]
 pub struct ServiceLock {
@@ -72,6 +82,17 @@ pub struct ServiceLock {
 }
 
 /// Why there is no lock.
+///
+/// ```
+/// use heirloom::lock::{LockError, LockFile};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("echo.sock.lock");
+/// let _lock = LockFile::open(&path)?.try_lock();
+/// let Err((_, error)) = LockFile::open(&path)?.try_lock() else { panic!() };
+/// assert!(matches!(error, LockError::Held { .. }));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Somebody else holds it, or still held it at the deadline.

@@ -141,6 +141,20 @@ pub struct PeerPolicy {
 }
 
 /// A peer that may not ask.
+///
+/// ```
+/// use heirloom::peer::{Peer, PeerPolicy, Refused};
+///
+/// fn may_ask(policy: &PeerPolicy, peer: &Peer) -> bool {
+///     match policy.check(peer) {
+///         Ok(()) => true,
+///         Err(refused @ Refused { .. }) => {
+///             println!("{refused}");
+///             false
+///         }
+///     }
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{peer} may not ask here: {reason}")]
 pub struct Refused {

@@ -227,3 +227,12 @@ pub(crate) fn wait_until_connected(control: &Path) {
 pub(crate) fn wait_for_generation(control: &Path, generation: u64) {
     wait_for("the next generation", || try_status(control).is_some_and(|s| s.generation >= generation));
 }
+
+/// A server that accepts and says nothing, and a chat that is connected to it.
+pub(crate) fn connected_chat(control: &Path) -> (std::net::TcpListener, String, Process) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = listener.local_addr().expect("bound").to_string();
+    let chat = Process::start(&mut chat(&address, control, &[]));
+    wait_until_connected(control);
+    (listener, address, chat)
+}

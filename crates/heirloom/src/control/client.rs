@@ -52,6 +52,13 @@ pub struct Client {
 }
 
 /// Why there is no answer.
+///
+/// ```
+/// use heirloom::control::{Client, ClientError};
+///
+/// let nowhere = std::env::temp_dir().join("no such socket");
+/// assert!(matches!(Client::connect(nowhere), Err(ClientError::Nobody { .. })));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No process listens there.

@@ -34,6 +34,14 @@ pub struct LineReader {
 }
 
 /// A line is longer than allowed. Cut the peer off: where its next line starts is unknown.
+///
+/// ```
+/// use heirloom::control::LineReader;
+///
+/// let mut lines = LineReader::new(4);
+/// lines.feed(b"too much");
+/// assert_eq!(lines.next_line().unwrap_err().limit, 4);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a line is longer than {limit} bytes, which is the limit")]
 pub struct TooLong {

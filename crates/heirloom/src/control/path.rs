@@ -24,6 +24,13 @@ pub const MAX_PATH: usize = 107;
 const BACKLOG: i32 = 128;
 
 /// Why a path cannot be used for the control socket.
+///
+/// ```
+/// use heirloom::control::path::default_path;
+///
+/// let error = default_path("../elsewhere").unwrap_err();
+/// println!("{error}");
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum PathError {
     /// A name that cannot be a file's.

@@ -190,7 +190,12 @@ pub struct VersionRange {
 
 /// Why a request was not granted.
 ///
-/// See [`Reply`] for an example.
+/// ```
+/// use heirloom::control::{Failure, FailureCode};
+///
+/// let failure = Failure::new(FailureCode::Room, "room for 10 descriptors, 17 are needed");
+/// assert_eq!(failure.to_string(), "room for 10 descriptors, 17 are needed");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {

@@ -167,7 +167,7 @@ impl Gate {
     }
 }
 
-/// One thread's way through a [`Gate`]; see there for an example.
+/// One thread's way through a [`Gate`].
 ///
 /// ```
 /// use heirloom::runtime::blocking::Gate;

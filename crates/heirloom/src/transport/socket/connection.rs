@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use rustix::event::epoll::EventFlags;
 
 use crate::control::line::LineReader;
+use crate::control::request::{Failure, FailureCode, Reply};
 use crate::descriptors::{Wait, receive_with, send_with};
 use crate::limits::Limits;
 use crate::peer::Peer;
@@ -139,4 +140,9 @@ impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
+}
+
+/// The line that refuses a request.
+pub(super) fn failure(code: FailureCode, message: impl ToString) -> Vec<u8> {
+    Reply::Error(Failure { code, message: message.to_string() }).to_line()
 }

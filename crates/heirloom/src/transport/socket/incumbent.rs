@@ -17,30 +17,25 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::connection::{Connection, ConnectionId};
-use super::takeover::{Offered, Takeover, Task, Want};
-use crate::bundle::Bundle;
-use crate::channel::Channel;
+use super::asked::Asked;
+use super::connection::{Connection, ConnectionId, failure};
+use super::takeover::{Takeover, Task, Want};
+use super::turn::{Batch, Freeze, Offer, Outcome, TakenBy, Turn};
 use crate::clock;
 use crate::config::Config;
-use crate::control::request::{
-    Failure, FailureCode, Hello, NoRequests, Reply, Request, RequestError, VersionRange, Welcome,
-};
+use crate::control::request::{FailureCode, NoRequests, Reply, Request, RequestError};
 use crate::control::status::{ItemStatus, LastTakeover, Status};
 use crate::descriptors::{Wait, send_with};
-use crate::item::{CONTROL_NAME, Entry, ItemId};
+use crate::item::ItemId;
 use crate::kind::Kind;
 use crate::lock::{Holding, ServiceLock};
-use crate::manifest::{Base, Delta, ManifestError, ServiceRecord, seal};
+use crate::manifest::ServiceRecord;
 use crate::peer::Peer;
-use crate::protocol::{self, IncumbentOutcome, Reason};
+use crate::protocol::{self, IncumbentOutcome};
 use crate::service::Service;
 
-/// Descriptors that a successor needs beside the items: manifests, channel, epoll, lock and some air.
-const SPARE_DESCRIPTORS: u64 = 16;
 /// How many rounds of events one turn handles at most, so that the control socket cannot starve the service.
 const ROUNDS: usize = 16;
 
@@ -48,8 +43,8 @@ const ROUNDS: usize = 16;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 const LISTENER: u64 = 0;
-const CHANNEL: u64 = 1;
-const SUCCESSOR: u64 = 2;
+pub(super) const CHANNEL: u64 = 1;
+pub(super) const SUCCESSOR: u64 = 2;
 const FIRST_CONNECTION: u64 = 16;
 
 /// The process that serves. `A` is the application's own requests; see [`Request`].
@@ -83,28 +78,28 @@ const FIRST_CONNECTION: u64 = 16;
 /// # Ok(()) }
 /// ```
 pub struct Incumbent<A = NoRequests> {
-    epoll: OwnedFd,
-    listener: UnixListener,
+    pub(super) epoll: OwnedFd,
+    pub(super) listener: UnixListener,
     path: PathBuf,
     lock: Holding,
-    service: Service,
-    config: Config,
-    record: ServiceRecord,
+    pub(super) service: Service,
+    pub(super) config: Config,
+    pub(super) record: ServiceRecord,
     serving_since_ms: u64,
-    items: Vec<ItemStatus>,
-    connections: BTreeMap<ConnectionId, Connection>,
+    pub(super) items: Vec<ItemStatus>,
+    pub(super) connections: BTreeMap<ConnectionId, Connection>,
     next_connection: u64,
-    takeover: Option<Box<Takeover>>,
-    last_takeover: Option<LastTakeover>,
-    ended: Option<Outcome>,
+    pub(super) takeover: Option<Box<Takeover>>,
+    pub(super) last_takeover: Option<LastTakeover>,
+    pub(super) ended: Option<Outcome>,
     notices: VecDeque<Notice<A>>,
     /// Connections that got a reply late: more lines of theirs may be waiting.
-    replied: Vec<ConnectionId>,
+    pub(super) replied: Vec<ConnectionId>,
     /// When to accept again after that has failed.
     listen_again: Option<Instant>,
     /// Reads a line as a request of ours or of the application.
     parse: fn(&[u8]) -> Result<Request<A>, RequestError>,
-    again: bool,
+    pub(super) again: bool,
 }
 
 /// Something from the control socket that the application has to hear of.
@@ -112,115 +107,6 @@ enum Notice<A> {
     Request(ConnectionId, A),
     Quit(ConnectionId),
     Closed(ConnectionId),
-}
-
-/// What the program has to do next.
-///
-/// ```
-/// use heirloom::{Incumbent, Turn};
-/// use std::time::Instant;
-///
-/// /// For a program that never lets itself be replaced.
-/// fn refuse_all(incumbent: &mut Incumbent) -> std::io::Result<()> {
-///     loop {
-///         match incumbent.turn(Instant::now())? {
-///             Turn::Idle => return Ok(()),
-///             Turn::Offer(offer) => offer.refuse("this one stays"),
-///             _ => {}
-///         }
-///     }
-/// }
-/// ```
-pub enum Turn<'i, A = NoRequests> {
-    /// Nothing; serve, and come back when the incumbent's descriptor is readable or its deadline has passed.
-    Idle,
-    /// A successor was admitted: write down what there is to hand over.
-    Offer(Offer<'i, A>),
-    /// Lend these items' descriptors, to be sent.
-    Batch(Batch<'i, A>),
-    /// The successor is ready: stop touching everything.
-    Freeze(Freeze<'i, A>),
-    /// A request of the application's own.
-    Request(Asked<'i, A>),
-    /// Somebody asked the program to end; it was told "Bye".
-    Quit(ConnectionId),
-    /// A connection that the application [watches](Asked::watch) has ended.
-    Closed(ConnectionId),
-}
-
-/// How a frozen takeover ended.
-///
-/// ```
-/// use heirloom::Outcome;
-///
-/// fn say(outcome: &Outcome) -> String {
-///     match outcome {
-///         Outcome::Taken(by) => format!("replaced by {by}"),
-///         Outcome::Resumed(reason) => format!("serving on; the takeover ended {reason}"),
-///         Outcome::Superseded(reason) => format!("somebody else serves; the takeover ended {reason}"),
-///     }
-/// }
-/// ```
-#[derive(Debug)]
-pub enum Outcome {
-    /// The successor serves: exit, closing everything with a plain close, never a shutdown.
-    Taken(TakenBy),
-    /// Serve on.
-    Resumed(Reason),
-    /// A third process took the service lock meanwhile and serves: exit.
-    Superseded(Reason),
-}
-
-/// Why this side could not hand over. The takeover is aborted: serve on.
-///
-/// ```
-/// use heirloom::{Bundle, HandoverError, Offer};
-///
-/// fn offer<A>(offer: Offer<'_, A>, bundle: &Bundle) {
-///     match offer.begin_bundle(bundle) {
-///         Ok(()) => {}
-///         Err(HandoverError::Manifest(error)) => eprintln!("too much to hand over: {error}"),
-///         Err(HandoverError::Io(error)) => eprintln!("no memory for it: {error}"),
-///     }
-/// }
-/// ```
-#[derive(Debug, thiserror::Error)]
-pub enum HandoverError {
-    /// What is to be handed over exceeds a limit, or is in disorder.
-    #[error(transparent)]
-    Manifest(#[from] ManifestError),
-    /// A memfd could not be written (memory is full), or the incumbent's own descriptors fail.
-    #[error("cannot hand over: {0}")]
-    Io(#[from] io::Error),
-}
-
-/// Who has taken over.
-///
-/// ```
-/// use heirloom::TakenBy;
-///
-/// let by = TakenBy { pid: Some(7), program: "echod".into(), version: "2.0".into(), items: 3 };
-/// assert_eq!(by.to_string(), "echod 2.0 (pid 7)");
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TakenBy {
-    /// Its process id, where it can be seen from here.
-    pub pid: Option<u32>,
-    /// Its program's name, as it says.
-    pub program: String,
-    /// Its program's version, as it says.
-    pub version: String,
-    /// How many items it got.
-    pub items: u64,
-}
-
-impl fmt::Display for TakenBy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.pid {
-            Some(pid) => write!(f, "{} {} (pid {pid})", self.program, self.version),
-            None => write!(f, "{} {} (in another pid namespace)", self.program, self.version),
-        }
-    }
 }
 
 impl<A> Incumbent<A> {
@@ -266,7 +152,7 @@ impl<A> Incumbent<A> {
         }
     }
 
-    fn process(&mut self, now: Instant) -> io::Result<()> {
+    pub(super) fn process(&mut self, now: Instant) -> io::Result<()> {
         let mut events = Vec::with_capacity(64);
         for id in std::mem::take(&mut self.replied) {
             self.answer(now, id);
@@ -451,116 +337,10 @@ impl<A> Incumbent<A> {
         self.connections.remove(&id);
     }
 
-    fn reply(&mut self, id: ConnectionId, line: Vec<u8>) {
+    pub(super) fn reply(&mut self, id: ConnectionId, line: Vec<u8>) {
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.send(line, Vec::new());
         }
-    }
-
-    /// Checks a Hello, and starts the takeover that it asks for.
-    fn hello(&mut self, now: Instant, id: ConnectionId, hello: Hello) {
-        let admitted = self.admit(&hello).and_then(|protocol| {
-            let connection = self.connections.get(&id).ok_or_else(|| failed("the connection has ended"))?;
-            let peer = Peer::of(connection).map_err(failed)?;
-            let (channel, other) = Channel::pair().map_err(failed)?;
-            let token = |token| epoll::EventData::new_u64(token);
-            epoll::add(&self.epoll, &channel, token(CHANNEL), epoll::EventFlags::IN).map_err(failed)?;
-            if let Some(pidfd) = peer.pidfd() {
-                epoll::add(&self.epoll, pidfd, token(SUCCESSOR), epoll::EventFlags::IN).map_err(failed)?;
-            }
-            Ok((protocol, peer, channel, other))
-        });
-        match admitted {
-            Ok((protocol, peer, channel, other)) => {
-                tracing::info!(successor = %peer, program = hello.program, version = hello.version, "takeover begins");
-                let welcome = Reply::Takeover(Welcome {
-                    protocol,
-                    generation: self.record.generation,
-                    pid: std::process::id(),
-                    program: self.service.program.clone(),
-                    version: self.service.version.clone(),
-                    schema: self.service.writes,
-                    items: self.items.len() as u64 + 1,
-                });
-                if let Some(connection) = self.connections.get_mut(&id) {
-                    connection.send(welcome.to_line(), vec![other]);
-                }
-                let machine = protocol::Incumbent::new(now, self.config.times);
-                self.takeover = Some(Box::new(Takeover::new(machine, channel, peer, hello)));
-            }
-            Err(refusal) => {
-                tracing::warn!(pid = hello.pid, reason = refusal.message, "takeover refused");
-                if refusal.code != FailureCode::Busy {
-                    self.last_takeover = Some(LastTakeover {
-                        outcome: "refused".into(),
-                        reason: Some(refusal.message.clone()),
-                        peer_pid: Some(hello.pid),
-                        items: 0,
-                        bytes: 0,
-                        pause_us: None,
-                        total_us: 0,
-                        at_unix_ms: clock::unix_ms(),
-                    });
-                }
-                self.reply(id, Reply::Error(refusal).to_line());
-            }
-        }
-    }
-
-    fn admit(&self, hello: &Hello) -> Result<u32, Failure> {
-        if let Some(running) = &self.takeover {
-            return Err(Failure {
-                code: FailureCode::Busy,
-                message: format!(
-                    "a takeover by {} is going on; try again when it has ended",
-                    running.successor
-                ),
-            });
-        }
-        if hello.service != self.service.name {
-            return Err(Failure {
-                code: FailureCode::WrongService,
-                message: format!(
-                    "this process serves `{}`, the successor is for `{}`; give it another control path or name",
-                    self.service.name, hello.service
-                ),
-            });
-        }
-        let ours: VersionRange = protocol::VERSIONS;
-        let Some(protocol) = ours.meet(hello.protocol) else {
-            return Err(Failure {
-                code: FailureCode::Protocol,
-                message: format!(
-                    "the incumbent ({} {}) speaks takeover protocol {ours}, the successor ({} {}) {}; go by a version that speaks both",
-                    self.service.program, self.service.version, hello.program, hello.version, hello.protocol
-                ),
-            });
-        };
-        if !hello.schema.contains(self.service.writes) {
-            return Err(Failure {
-                code: FailureCode::Schema,
-                message: format!(
-                    "the incumbent ({} {}) writes state of schema {}, the successor ({} {}) reads {}",
-                    self.service.program,
-                    self.service.version,
-                    self.service.writes,
-                    hello.program,
-                    hello.version,
-                    hello.schema
-                ),
-            });
-        }
-        let needed = self.items.len() as u64 + 1 + SPARE_DESCRIPTORS;
-        if hello.room < needed {
-            return Err(Failure {
-                code: FailureCode::Room,
-                message: format!(
-                    "the successor has room for {} descriptors, {needed} are needed; raise its limit (ulimit -n, LimitNOFILE=)",
-                    hello.room
-                ),
-            });
-        }
-        Ok(protocol)
     }
 
     fn channel_ready(&mut self, now: Instant) {
@@ -582,7 +362,7 @@ impl<A> Incumbent<A> {
         self.run_takeover(now);
     }
 
-    fn run_takeover(&mut self, now: Instant) {
+    pub(super) fn run_takeover(&mut self, now: Instant) {
         while let Some(takeover) = &mut self.takeover {
             match takeover.run(now) {
                 None => break,
@@ -652,7 +432,7 @@ impl<A> Incumbent<A> {
     }
 
     /// When the incumbent itself has something to do.
-    fn timer(&self) -> Option<Instant> {
+    pub(super) fn timer(&self) -> Option<Instant> {
         let takeover = self.takeover.as_deref().and_then(Takeover::deadline);
         [takeover, self.listen_again].into_iter().flatten().min()
     }
@@ -768,7 +548,7 @@ impl<A> Incumbent<A> {
         })
     }
 
-    fn wait(&self, deadline: Option<Instant>) -> io::Result<()> {
+    pub(super) fn wait(&self, deadline: Option<Instant>) -> io::Result<()> {
         let timeout =
             deadline.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_micros(50));
         let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
@@ -801,368 +581,4 @@ impl<A> fmt::Debug for Incumbent<A> {
             .field("generation", &self.record.generation)
             .finish_non_exhaustive()
     }
-}
-
-/// A successor was admitted and waits for the base manifest. Dropping it refuses.
-///
-/// ```
-/// use heirloom::manifest::Base;
-/// use heirloom::{Cbor, Codec, Offer};
-///
-/// fn hand_over<A>(offer: Offer<'_, A>, topic: &str) -> Result<(), Box<dyn std::error::Error>> {
-///     Ok(offer.begin(Base { state: Some(Cbor::encode(topic)?), ..Base::default() })?)
-/// }
-/// ```
-pub struct Offer<'i, A> {
-    incumbent: Option<&'i mut Incumbent<A>>,
-}
-
-impl<A> Offer<'_, A> {
-    /// Sends the base manifest: the application's state and its items, as they are now. Their descriptors are asked
-    /// for in [`Turn::Batch`]es. The control listener and the service's record are added here.
-    ///
-    /// # Errors
-    ///
-    /// The manifest exceeds a limit or cannot be written (memory is full): the takeover is aborted, serve on.
-    pub fn begin(mut self, mut base: Base) -> Result<(), HandoverError> {
-        let Some(incumbent) = self.incumbent.take() else { return Ok(()) };
-        let now = Instant::now();
-        base.service = incumbent.record.clone();
-        base.items.insert(0, control_entry());
-        let Some(takeover) = &mut incumbent.takeover else { return Ok(()) };
-        let result = base.encode(&incumbent.config.limits).map_err(HandoverError::from).and_then(|encoded| {
-            takeover.bytes += encoded.bytes.len() as u64;
-            let ids = base.items.iter().map(|entry| entry.id).collect();
-            let memfd = seal("base", &encoded.bytes)?;
-            takeover.offered = Some(Offered { base, crc: encoded.crc, memfd });
-            takeover.machine.offered(now, ids);
-            Ok(())
-        });
-        if let Err(error) = &result {
-            takeover.machine.abort(format_args!("the incumbent cannot write its manifest: {error}"));
-        }
-        incumbent.run_takeover(now);
-        result
-    }
-
-    /// Like [`Offer::begin`], for a program that keeps a [`Bundle`].
-    ///
-    /// # Errors
-    ///
-    /// See [`Offer::begin`].
-    pub fn begin_bundle(self, bundle: &Bundle) -> Result<(), HandoverError> {
-        self.begin(bundle.base(ServiceRecord::default()))
-    }
-
-    /// Refuses: the successor is told why.
-    pub fn refuse(mut self, why: &str) {
-        if let Some(incumbent) = self.incumbent.take() {
-            incumbent.withdraw(Instant::now(), why);
-        }
-    }
-}
-
-impl<A> Drop for Offer<'_, A> {
-    fn drop(&mut self) {
-        if let Some(takeover) = self.incumbent.take().and_then(|incumbent| incumbent.takeover.as_mut()) {
-            takeover.machine.abort("the application did not offer anything");
-        }
-    }
-}
-
-/// Some descriptors are to be sent.
-///
-/// ```
-/// use heirloom::{Batch, ItemId};
-/// use std::collections::BTreeMap;
-/// use std::net::TcpStream;
-/// use std::os::fd::AsFd;
-///
-/// fn lend<A>(batch: Batch<'_, A>, connections: &BTreeMap<ItemId, TcpStream>) {
-///     batch.send(|id| connections.get(&id).map(AsFd::as_fd));
-/// }
-/// ```
-pub struct Batch<'i, A> {
-    incumbent: &'i mut Incumbent<A>,
-    ids: Vec<ItemId>,
-}
-
-impl<A> Batch<'_, A> {
-    /// Sends them; `descriptor` lends each. `None` means that the item has ended since it was offered; the delta must
-    /// then say so.
-    pub fn send<'d>(self, mut descriptor: impl FnMut(ItemId) -> Option<BorrowedFd<'d>>) {
-        let now = Instant::now();
-        self.incumbent.send_batch(now, self.ids, &mut descriptor);
-        self.incumbent.run_takeover(now);
-    }
-}
-
-impl<A> Incumbent<A> {
-    fn send_batch<'d>(
-        &mut self,
-        now: Instant,
-        ids: Vec<ItemId>,
-        descriptor: &mut dyn FnMut(ItemId) -> Option<BorrowedFd<'d>>,
-    ) {
-        let listener = self.listener.as_fd();
-        if let Some(takeover) = &mut self.takeover {
-            takeover.send_batch(now, ids, &mut |id| {
-                if id == ItemId::CONTROL { Some(listener) } else { descriptor(id) }
-            });
-        }
-    }
-}
-
-/// The successor is ready, and nothing may be touched until this is released or resumed. Dropping it resumes.
-///
-/// ```
-/// use heirloom::{Bundle, Freeze, HandoverError, Outcome};
-///
-/// fn release<A>(freeze: Freeze<'_, A>, bundle: &Bundle) -> Result<bool, HandoverError> {
-///     Ok(matches!(freeze.release_bundle(bundle)?, Outcome::Taken(_)))
-/// }
-/// ```
-#[must_use = "a frozen incumbent serves nobody: release it or resume"]
-pub struct Freeze<'i, A> {
-    incumbent: Option<&'i mut Incumbent<A>>,
-}
-
-impl<A> Freeze<'_, A> {
-    /// The manifest that was offered, to compare with.
-    pub fn base(&self) -> Option<&Base> {
-        self.offered().map(|(base, _)| base)
-    }
-
-    fn offered(&self) -> Option<(&Base, u32)> {
-        let offered = self.incumbent.as_ref()?.takeover.as_ref()?.offered.as_ref()?;
-        Some((&offered.base, offered.crc))
-    }
-
-    /// Releases everything: sends what has changed since the offer, lends the descriptors of added items, and waits
-    /// until the successor serves or has failed. Meanwhile the control socket is answered.
-    ///
-    /// The caller has stopped reading, writing and accepting in all its threads. `delta` says what changed; its
-    /// checksum, counts, counters and time are filled in here.
-    ///
-    /// # Errors
-    ///
-    /// The delta exceeds a limit or cannot be written, or the incumbent's own descriptors fail. The takeover is
-    /// aborted then: serve on.
-    pub fn release<'d>(
-        mut self,
-        delta: Delta,
-        mut descriptor: impl FnMut(ItemId) -> Option<BorrowedFd<'d>>,
-    ) -> Result<Outcome, HandoverError> {
-        let Some(incumbent) = self.incumbent.take() else {
-            return Err(io::Error::other("released twice").into());
-        };
-        if let Err(error) = incumbent.seal_delta(delta) {
-            let why = format!("the incumbent cannot write its delta: {error}");
-            incumbent.finish(Some(&why), &mut |_| None)?;
-            return Err(error);
-        }
-        Ok(incumbent.finish(None, &mut descriptor)?)
-    }
-
-    /// Like [`Freeze::release`], with everything as it is now instead of what has changed. Compares item by item: for
-    /// programs with few of them.
-    ///
-    /// # Errors
-    ///
-    /// See [`Freeze::release`].
-    pub fn release_all<'d>(
-        self,
-        mut now: Base,
-        descriptor: impl FnMut(ItemId) -> Option<BorrowedFd<'d>>,
-    ) -> Result<Outcome, HandoverError> {
-        now.items.insert(0, control_entry());
-        let delta = match self.offered() {
-            Some((base, crc)) => Delta::between(base, crc, &now),
-            None => Ok(Delta::default()),
-        };
-        match delta {
-            Ok(delta) => self.release(delta, descriptor),
-            Err(error) => {
-                self.resume(&format!("the incumbent cannot write its delta: {error}"));
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Like [`Freeze::release_all`], for a program that keeps a [`Bundle`].
-    ///
-    /// # Errors
-    ///
-    /// See [`Freeze::release`].
-    pub fn release_bundle(self, bundle: &Bundle) -> Result<Outcome, HandoverError> {
-        self.release_all(bundle.base(ServiceRecord::default()), |id| bundle.descriptor(id))
-    }
-
-    /// Does not hand over; the successor is told why. Serve on.
-    pub fn resume(mut self, why: &str) {
-        if let Some(incumbent) = self.incumbent.take() {
-            let _ = incumbent.finish(Some(why), &mut |_| None);
-        }
-    }
-}
-
-impl<A> Drop for Freeze<'_, A> {
-    fn drop(&mut self) {
-        if let Some(incumbent) = self.incumbent.take() {
-            let _ = incumbent.finish(Some("the application resumed"), &mut |_| None);
-        }
-    }
-}
-
-impl<A> Incumbent<A> {
-    fn seal_delta(&mut self, mut delta: Delta) -> Result<(), HandoverError> {
-        let Some(takeover) = &mut self.takeover else { return Ok(()) };
-        let Some(offered) = &takeover.offered else { return Ok(()) };
-        delta.base_crc = offered.crc;
-        // If the application ends more than there was, the successor finds out and refuses.
-        let count = (offered.base.items.len() + delta.added.len()).saturating_sub(delta.ended.len());
-        delta.count = count as u64;
-        delta.counters = self.record.counters.clone();
-        delta.frozen_at_ns = takeover.frozen_at_ns.unwrap_or_else(clock::monotonic_ns);
-        let late = delta.added.iter().map(|entry| entry.id).collect();
-        let encoded = delta.encode(&self.config.limits)?;
-        takeover.bytes += encoded.bytes.len() as u64;
-        takeover.delta = Some(seal("delta", &encoded.bytes)?);
-        takeover.machine.frozen(Instant::now(), late);
-        Ok(())
-    }
-
-    /// Drives the takeover to its end. Nothing else happens in the program meanwhile.
-    fn finish<'d>(
-        &mut self,
-        abort: Option<&str>,
-        descriptor: &mut dyn FnMut(ItemId) -> Option<BorrowedFd<'d>>,
-    ) -> io::Result<Outcome> {
-        if let (Some(why), Some(takeover)) = (abort, &mut self.takeover) {
-            takeover.machine.abort(why);
-        }
-        loop {
-            let now = Instant::now();
-            if let Err(error) = self.process(now) {
-                self.withdraw(now, &format!("the incumbent's own event loop fails: {error}"));
-                return Err(error);
-            }
-            if let Some(outcome) = self.ended.take() {
-                return Ok(outcome);
-            }
-            if self.takeover.is_none() {
-                return Err(io::Error::other("the takeover has ended before"));
-            }
-            let want = self.takeover.as_mut().and_then(|takeover| takeover.want.take());
-            match want {
-                Some(Want::Batch(ids)) => self.send_batch(now, ids, descriptor),
-                _ if self.again => {}
-                _ => self.wait(self.timer())?,
-            }
-        }
-    }
-}
-
-/// A request of the application's own. Each must be answered; dropping it answers with an error.
-///
-/// ```
-/// use heirloom::Asked;
-/// use serde::Deserialize;
-///
-/// #[derive(Deserialize)]
-/// enum Mine {
-///     Topic,
-/// }
-///
-/// fn answer(mut asked: Asked<'_, Mine>) {
-///     match asked.request() {
-///         Some(Mine::Topic) => asked.reply(&"cats"),
-///         None => asked.refuse("answered already"),
-///     }
-/// }
-/// ```
-pub struct Asked<'i, A> {
-    incumbent: &'i mut Incumbent<A>,
-    connection: ConnectionId,
-    request: Option<A>,
-    answered: bool,
-}
-
-impl<A> Asked<'_, A> {
-    /// The request. It is there once.
-    pub fn request(&mut self) -> Option<A> {
-        self.request.take()
-    }
-
-    /// On which connection it came.
-    pub fn connection(&self) -> ConnectionId {
-        self.connection
-    }
-
-    /// Says [`Turn::Closed`] when this connection ends.
-    pub fn watch(&mut self) {
-        if let Some(connection) = self.incumbent.connections.get_mut(&self.connection) {
-            connection.watched = true;
-        }
-    }
-
-    /// Answers with a value, as one line of JSON.
-    pub fn reply(self, value: &impl Serialize) {
-        let line = match serde_json::to_value(value) {
-            Ok(value) => Reply::Application(value).to_line(),
-            Err(error) => failure(FailureCode::Failed, error),
-        };
-        self.reply_raw(line, Vec::new());
-    }
-
-    /// Answers with these bytes and, beside the first of them, these descriptors.
-    pub fn reply_raw(mut self, bytes: Vec<u8>, descriptors: Vec<OwnedFd>) {
-        self.answered = true;
-        self.incumbent.answer_later(self.connection, bytes, descriptors);
-    }
-
-    /// Answers with an error.
-    pub fn refuse(self, why: &str) {
-        self.reply_raw(failure(FailureCode::Failed, why), Vec::new());
-    }
-
-    /// Keeps the client waiting for [`Incumbent::answer_later`].
-    pub fn defer(mut self) -> ConnectionId {
-        self.answered = true;
-        self.connection
-    }
-}
-
-impl<A> Drop for Asked<'_, A> {
-    fn drop(&mut self) {
-        if !self.answered {
-            let line = failure(FailureCode::Failed, "the application gave no answer");
-            self.incumbent.answer_later(self.connection, line, Vec::new());
-        }
-    }
-}
-
-impl<A> Incumbent<A> {
-    /// Answers a request that was [deferred](Asked::defer), with bytes and, beside the first of them, descriptors.
-    /// Returns false if the client has gone.
-    pub fn answer_later(&mut self, id: ConnectionId, bytes: Vec<u8>, descriptors: Vec<OwnedFd>) -> bool {
-        let Some(connection) = self.connections.get_mut(&id) else { return false };
-        connection.waiting = false;
-        connection.send(bytes, descriptors);
-        self.replied.push(id);
-        true
-    }
-}
-
-fn control_entry() -> Entry {
-    Entry { id: ItemId::CONTROL, name: CONTROL_NAME.into(), kind: Kind::UnixListener, state: Vec::new() }
-}
-
-fn failure(code: FailureCode, message: impl ToString) -> Vec<u8> {
-    Reply::Error(Failure { code, message: message.to_string() }).to_line()
-}
-
-fn failed(error: impl ToString) -> Failure {
-    let message = format!("it cannot begin a takeover, and serves on: {}", error.to_string());
-    Failure { code: FailureCode::Failed, message }
 }

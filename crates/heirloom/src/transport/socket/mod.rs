@@ -5,15 +5,20 @@
 //! takeover at a time. [`Successor`] is the other side. Between them stand the state machines of
 //! [`crate::protocol`]; this module carries out what they ask.
 
+mod admission;
+mod asked;
 mod connection;
 mod incumbent;
 mod older;
 mod start;
 mod successor;
 mod takeover;
+mod turn;
 
+pub use asked::Asked;
 pub use connection::ConnectionId;
-pub use incumbent::{Asked, Batch, Freeze, HandoverError, Incumbent, Offer, Outcome, TakenBy, Turn};
+pub use incumbent::Incumbent;
 pub use older::OlderIncumbent;
 pub use start::{Replace, Start, StartError, start};
 pub use successor::{Complete, Offered, Successor, Taken, TakeoverError};
+pub use turn::{Batch, Freeze, HandoverError, Offer, Outcome, TakenBy, Turn};

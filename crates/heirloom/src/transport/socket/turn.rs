@@ -1,0 +1,394 @@
+//! What an incumbent asks of its program, turn by turn: to write down what there is, to lend descriptors, to freeze.
+//!
+//! The types make the wrong order impossible: each turn borrows the incumbent until it is answered, and a [`Freeze`] can
+//! only be released or resumed, both of which consume it.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
+
+use super::asked::Asked;
+use super::connection::ConnectionId;
+use super::incumbent::Incumbent;
+use super::takeover::{Offered, Want};
+use crate::bundle::Bundle;
+use crate::clock;
+use crate::control::request::NoRequests;
+use crate::item::{CONTROL_NAME, Entry, ItemId};
+use crate::kind::Kind;
+use crate::manifest::{Base, Delta, ManifestError, ServiceRecord, seal};
+use crate::protocol::Reason;
+
+/// What the program has to do next.
+///
+/// ```
+/// use heirloom::{Incumbent, Turn};
+/// use std::time::Instant;
+///
+/// /// For a program that never lets itself be replaced.
+/// fn refuse_all(incumbent: &mut Incumbent) -> std::io::Result<()> {
+///     loop {
+///         match incumbent.turn(Instant::now())? {
+///             Turn::Idle => return Ok(()),
+///             Turn::Offer(offer) => offer.refuse("this one stays"),
+///             _ => {}
+///         }
+///     }
+/// }
+/// ```
+pub enum Turn<'i, A = NoRequests> {
+    /// Nothing; serve, and come back when the incumbent's descriptor is readable or its deadline has passed.
+    Idle,
+    /// A successor was admitted: write down what there is to hand over.
+    Offer(Offer<'i, A>),
+    /// Lend these items' descriptors, to be sent.
+    Batch(Batch<'i, A>),
+    /// The successor is ready: stop touching everything.
+    Freeze(Freeze<'i, A>),
+    /// A request of the application's own.
+    Request(Asked<'i, A>),
+    /// Somebody asked the program to end; it was told "Bye".
+    Quit(ConnectionId),
+    /// A connection that the application [watches](Asked::watch) has ended.
+    Closed(ConnectionId),
+}
+
+/// How a frozen takeover ended.
+///
+/// ```
+/// use heirloom::Outcome;
+///
+/// fn say(outcome: &Outcome) -> String {
+///     match outcome {
+///         Outcome::Taken(by) => format!("replaced by {by}"),
+///         Outcome::Resumed(reason) => format!("serving on; the takeover ended {reason}"),
+///         Outcome::Superseded(reason) => format!("somebody else serves; the takeover ended {reason}"),
+///     }
+/// }
+/// ```
+#[derive(Debug)]
+pub enum Outcome {
+    /// The successor serves: exit, closing everything with a plain close, never a shutdown.
+    Taken(TakenBy),
+    /// Serve on.
+    Resumed(Reason),
+    /// A third process took the service lock meanwhile and serves: exit.
+    Superseded(Reason),
+}
+
+/// Why this side could not hand over. The takeover is aborted: serve on.
+///
+/// ```
+/// use heirloom::{Bundle, HandoverError, Offer};
+///
+/// fn offer<A>(offer: Offer<'_, A>, bundle: &Bundle) {
+///     match offer.begin_bundle(bundle) {
+///         Ok(()) => {}
+///         Err(HandoverError::Manifest(error)) => eprintln!("too much to hand over: {error}"),
+///         Err(HandoverError::Io(error)) => eprintln!("no memory for it: {error}"),
+///     }
+/// }
+/// ```
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// What is to be handed over exceeds a limit, or is in disorder.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// A memfd could not be written (memory is full), or the incumbent's own descriptors fail.
+    #[error("cannot hand over: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Who has taken over.
+///
+/// ```
+/// use heirloom::TakenBy;
+///
+/// let by = TakenBy { pid: Some(7), program: "echod".into(), version: "2.0".into(), items: 3 };
+/// assert_eq!(by.to_string(), "echod 2.0 (pid 7)");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TakenBy {
+    /// Its process id, where it can be seen from here.
+    pub pid: Option<u32>,
+    /// Its program's name, as it says.
+    pub program: String,
+    /// Its program's version, as it says.
+    pub version: String,
+    /// How many items it got.
+    pub items: u64,
+}
+
+impl fmt::Display for TakenBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pid {
+            Some(pid) => write!(f, "{} {} (pid {pid})", self.program, self.version),
+            None => write!(f, "{} {} (in another pid namespace)", self.program, self.version),
+        }
+    }
+}
+
+/// A successor was admitted and waits for the base manifest. Dropping it refuses.
+///
+/// ```
+/// use heirloom::manifest::Base;
+/// use heirloom::{Cbor, Codec, Offer};
+///
+/// fn hand_over<A>(offer: Offer<'_, A>, topic: &str) -> Result<(), Box<dyn std::error::Error>> {
+///     Ok(offer.begin(Base { state: Some(Cbor::encode(topic)?), ..Base::default() })?)
+/// }
+/// ```
+pub struct Offer<'i, A> {
+    pub(super) incumbent: Option<&'i mut Incumbent<A>>,
+}
+
+impl<A> Offer<'_, A> {
+    /// Sends the base manifest: the application's state and its items, as they are now. Their descriptors are asked
+    /// for in [`Turn::Batch`]es. The control listener and the service's record are added here.
+    ///
+    /// # Errors
+    ///
+    /// The manifest exceeds a limit or cannot be written (memory is full): the takeover is aborted, serve on.
+    pub fn begin(mut self, mut base: Base) -> Result<(), HandoverError> {
+        let Some(incumbent) = self.incumbent.take() else { return Ok(()) };
+        let now = Instant::now();
+        base.service = incumbent.record.clone();
+        base.items.insert(0, control_entry());
+        let Some(takeover) = &mut incumbent.takeover else { return Ok(()) };
+        let result = base.encode(&incumbent.config.limits).map_err(HandoverError::from).and_then(|encoded| {
+            takeover.bytes += encoded.bytes.len() as u64;
+            let ids = base.items.iter().map(|entry| entry.id).collect();
+            let memfd = seal("base", &encoded.bytes)?;
+            takeover.offered = Some(Offered { base, crc: encoded.crc, memfd });
+            takeover.machine.offered(now, ids);
+            Ok(())
+        });
+        if let Err(error) = &result {
+            takeover.machine.abort(format_args!("the incumbent cannot write its manifest: {error}"));
+        }
+        incumbent.run_takeover(now);
+        result
+    }
+
+    /// Like [`Offer::begin`], for a program that keeps a [`Bundle`].
+    ///
+    /// # Errors
+    ///
+    /// See [`Offer::begin`].
+    pub fn begin_bundle(self, bundle: &Bundle) -> Result<(), HandoverError> {
+        self.begin(bundle.base(ServiceRecord::default()))
+    }
+
+    /// Refuses: the successor is told why.
+    pub fn refuse(mut self, why: &str) {
+        if let Some(incumbent) = self.incumbent.take() {
+            incumbent.withdraw(Instant::now(), why);
+        }
+    }
+}
+
+impl<A> Drop for Offer<'_, A> {
+    fn drop(&mut self) {
+        if let Some(takeover) = self.incumbent.take().and_then(|incumbent| incumbent.takeover.as_mut()) {
+            takeover.machine.abort("the application did not offer anything");
+        }
+    }
+}
+
+/// Some descriptors are to be sent.
+///
+/// ```
+/// use heirloom::{Batch, ItemId};
+/// use std::collections::BTreeMap;
+/// use std::net::TcpStream;
+/// use std::os::fd::AsFd;
+///
+/// fn lend<A>(batch: Batch<'_, A>, connections: &BTreeMap<ItemId, TcpStream>) {
+///     batch.send(|id| connections.get(&id).map(AsFd::as_fd));
+/// }
+/// ```
+pub struct Batch<'i, A> {
+    pub(super) incumbent: &'i mut Incumbent<A>,
+    pub(super) ids: Vec<ItemId>,
+}
+
+impl<A> Batch<'_, A> {
+    /// Sends them; `descriptor` lends each. `None` means that the item has ended since it was offered; the delta must
+    /// then say so.
+    pub fn send<'d>(self, mut descriptor: impl FnMut(ItemId) -> Option<BorrowedFd<'d>>) {
+        let now = Instant::now();
+        self.incumbent.send_batch(now, self.ids, &mut descriptor);
+        self.incumbent.run_takeover(now);
+    }
+}
+
+impl<A> Incumbent<A> {
+    fn send_batch<'d>(
+        &mut self,
+        now: Instant,
+        ids: Vec<ItemId>,
+        descriptor: &mut dyn FnMut(ItemId) -> Option<BorrowedFd<'d>>,
+    ) {
+        let listener = self.listener.as_fd();
+        if let Some(takeover) = &mut self.takeover {
+            takeover.send_batch(now, ids, &mut |id| {
+                if id == ItemId::CONTROL { Some(listener) } else { descriptor(id) }
+            });
+        }
+    }
+}
+
+/// The successor is ready, and nothing may be touched until this is released or resumed. Dropping it resumes.
+///
+/// ```
+/// use heirloom::{Bundle, Freeze, HandoverError, Outcome};
+///
+/// fn release<A>(freeze: Freeze<'_, A>, bundle: &Bundle) -> Result<bool, HandoverError> {
+///     Ok(matches!(freeze.release_bundle(bundle)?, Outcome::Taken(_)))
+/// }
+/// ```
+#[must_use = "a frozen incumbent serves nobody: release it or resume"]
+pub struct Freeze<'i, A> {
+    pub(super) incumbent: Option<&'i mut Incumbent<A>>,
+}
+
+impl<A> Freeze<'_, A> {
+    /// The manifest that was offered, to compare with.
+    pub fn base(&self) -> Option<&Base> {
+        self.offered().map(|(base, _)| base)
+    }
+
+    fn offered(&self) -> Option<(&Base, u32)> {
+        let offered = self.incumbent.as_ref()?.takeover.as_ref()?.offered.as_ref()?;
+        Some((&offered.base, offered.crc))
+    }
+
+    /// Releases everything: sends what has changed since the offer, lends the descriptors of added items, and waits
+    /// until the successor serves or has failed. Meanwhile the control socket is answered.
+    ///
+    /// The caller has stopped reading, writing and accepting in all its threads. `delta` says what changed; its
+    /// checksum, counts, counters and time are filled in here.
+    ///
+    /// # Errors
+    ///
+    /// The delta exceeds a limit or cannot be written, or the incumbent's own descriptors fail. The takeover is
+    /// aborted then: serve on.
+    pub fn release<'d>(
+        mut self,
+        delta: Delta,
+        mut descriptor: impl FnMut(ItemId) -> Option<BorrowedFd<'d>>,
+    ) -> Result<Outcome, HandoverError> {
+        let Some(incumbent) = self.incumbent.take() else {
+            return Err(io::Error::other("released twice").into());
+        };
+        if let Err(error) = incumbent.seal_delta(delta) {
+            let why = format!("the incumbent cannot write its delta: {error}");
+            incumbent.finish(Some(&why), &mut |_| None)?;
+            return Err(error);
+        }
+        Ok(incumbent.finish(None, &mut descriptor)?)
+    }
+
+    /// Like [`Freeze::release`], with everything as it is now instead of what has changed. Compares item by item: for
+    /// programs with few of them.
+    ///
+    /// # Errors
+    ///
+    /// See [`Freeze::release`].
+    pub fn release_all<'d>(
+        self,
+        mut now: Base,
+        descriptor: impl FnMut(ItemId) -> Option<BorrowedFd<'d>>,
+    ) -> Result<Outcome, HandoverError> {
+        now.items.insert(0, control_entry());
+        let delta = match self.offered() {
+            Some((base, crc)) => Delta::between(base, crc, &now),
+            None => Ok(Delta::default()),
+        };
+        match delta {
+            Ok(delta) => self.release(delta, descriptor),
+            Err(error) => {
+                self.resume(&format!("the incumbent cannot write its delta: {error}"));
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Like [`Freeze::release_all`], for a program that keeps a [`Bundle`].
+    ///
+    /// # Errors
+    ///
+    /// See [`Freeze::release`].
+    pub fn release_bundle(self, bundle: &Bundle) -> Result<Outcome, HandoverError> {
+        self.release_all(bundle.base(ServiceRecord::default()), |id| bundle.descriptor(id))
+    }
+
+    /// Does not hand over; the successor is told why. Serve on.
+    pub fn resume(mut self, why: &str) {
+        if let Some(incumbent) = self.incumbent.take() {
+            let _ = incumbent.finish(Some(why), &mut |_| None);
+        }
+    }
+}
+
+impl<A> Drop for Freeze<'_, A> {
+    fn drop(&mut self) {
+        if let Some(incumbent) = self.incumbent.take() {
+            let _ = incumbent.finish(Some("the application resumed"), &mut |_| None);
+        }
+    }
+}
+
+impl<A> Incumbent<A> {
+    fn seal_delta(&mut self, mut delta: Delta) -> Result<(), HandoverError> {
+        let Some(takeover) = &mut self.takeover else { return Ok(()) };
+        let Some(offered) = &takeover.offered else { return Ok(()) };
+        delta.base_crc = offered.crc;
+        // If the application ends more than there was, the successor finds out and refuses.
+        let count = (offered.base.items.len() + delta.added.len()).saturating_sub(delta.ended.len());
+        delta.count = count as u64;
+        delta.counters = self.record.counters.clone();
+        delta.frozen_at_ns = takeover.frozen_at_ns.unwrap_or_else(clock::monotonic_ns);
+        let late = delta.added.iter().map(|entry| entry.id).collect();
+        let encoded = delta.encode(&self.config.limits)?;
+        takeover.bytes += encoded.bytes.len() as u64;
+        takeover.delta = Some(seal("delta", &encoded.bytes)?);
+        takeover.machine.frozen(Instant::now(), late);
+        Ok(())
+    }
+
+    /// Drives the takeover to its end. Nothing else happens in the program meanwhile.
+    fn finish<'d>(
+        &mut self,
+        abort: Option<&str>,
+        descriptor: &mut dyn FnMut(ItemId) -> Option<BorrowedFd<'d>>,
+    ) -> io::Result<Outcome> {
+        if let (Some(why), Some(takeover)) = (abort, &mut self.takeover) {
+            takeover.machine.abort(why);
+        }
+        loop {
+            let now = Instant::now();
+            if let Err(error) = self.process(now) {
+                self.withdraw(now, &format!("the incumbent's own event loop fails: {error}"));
+                return Err(error);
+            }
+            if let Some(outcome) = self.ended.take() {
+                return Ok(outcome);
+            }
+            if self.takeover.is_none() {
+                return Err(io::Error::other("the takeover has ended before"));
+            }
+            let want = self.takeover.as_mut().and_then(|takeover| takeover.want.take());
+            match want {
+                Some(Want::Batch(ids)) => self.send_batch(now, ids, descriptor),
+                _ if self.again => {}
+                _ => self.wait(self.timer())?,
+            }
+        }
+    }
+}
+
+fn control_entry() -> Entry {
+    Entry { id: ItemId::CONTROL, name: CONTROL_NAME.into(), kind: Kind::UnixListener, state: Vec::new() }
+}
