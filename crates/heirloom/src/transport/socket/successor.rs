@@ -279,7 +279,7 @@ pub struct Taken<A> {
     pub incumbent: Incumbent<A>,
     /// Who served before.
     pub from: Peer,
-    /// From the incumbent's freeze to now. Needs both in one time namespace.
+    /// From the incumbent's freeze to the commit. Needs both in one time namespace.
     pub pause: Duration,
 }
 
