@@ -8,6 +8,7 @@ mod demo;
 mod exit;
 mod failure;
 mod log;
+mod signals;
 
 use std::io::Write;
 

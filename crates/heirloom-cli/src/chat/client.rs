@@ -4,10 +4,9 @@
 //! that fails keeps its bytes for the next try, or for a successor.
 
 use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use heirloom::control::{Failure as Refusal, FailureCode, Reply};
 use heirloom::manifest::Base;
 use heirloom::runtime::blocking;
@@ -17,13 +16,13 @@ use heirloom::{
 };
 use rustix::event::{PollFd, PollFlags};
 use serde::Deserialize;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::SERVER;
 use super::older::{FLUSH_WITHIN, Older};
 use super::pump::{Pump, PumpError};
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::signals::Signals;
 
 /// How long buffers may take to empty when the client is told to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
@@ -40,8 +39,7 @@ pub(super) enum ChatRequest {
 pub(super) struct Client {
     incumbent: Incumbent<ChatRequest>,
     pump: Pump,
-    /// Readable after a signal that asks the client to stop.
-    signals: UnixStream,
+    signals: Signals,
     linger: Duration,
     mode: Mode,
     /// Which connection status was last told of.
@@ -90,14 +88,10 @@ impl Client {
     pub(super) fn new(
         incumbent: Incumbent<ChatRequest>,
         pump: Pump,
+        signals: Signals,
         linger: Duration,
-    ) -> Result<Self, Failure> {
-        let (signals, sender) = UnixStream::pair()?;
-        for signal in [SIGTERM, SIGINT, SIGHUP] {
-            signal_hook::low_level::pipe::register(signal, sender.try_clone()?)
-                .context("cannot watch for signals")?;
-        }
-        Ok(Client { incumbent, pump, signals, linger, mode: Mode::Pumping, shown: None })
+    ) -> Self {
+        Client { incumbent, pump, signals, linger, mode: Mode::Pumping, shown: None }
     }
 
     /// Serves until the client is replaced, stopped, or fails.
@@ -135,14 +129,16 @@ impl Client {
         };
         let signalled = match &self.mode {
             Mode::Lingering { .. } | Mode::Resting { .. } | Mode::Older(Older::Handed { .. }) => {
-                let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN)];
+                let mut fds = vec![PollFd::from_borrowed_fd(self.signals.stop(), PollFlags::IN)];
                 blocking::wait(&self.incumbent, &mut fds, deadline)?;
                 !fds[0].revents().is_empty()
             }
             Mode::Pumping | Mode::Stopping { .. } | Mode::Older(Older::Flushing { .. }) => {
                 let at = [deadline, self.incumbent.deadline()].into_iter().flatten().min();
-                let extra =
-                    [PollFd::new(&self.incumbent, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+                let extra = [
+                    PollFd::new(&self.incumbent, PollFlags::IN),
+                    PollFd::from_borrowed_fd(self.signals.stop(), PollFlags::IN),
+                ];
                 match self.pump.turn(&extra, at) {
                     Ok(turn) => !turn.extra[1].is_empty(),
                     Err(error) => {
@@ -189,7 +185,7 @@ impl Client {
 
     /// A signal has come: empties the buffers first; a second signal ends the client at once.
     fn stop(&mut self) -> Next {
-        let _ = rustix::net::recv(&self.signals, &mut [0u8; 64], rustix::net::RecvFlags::DONTWAIT);
+        self.signals.take_stop();
         match self.mode {
             Mode::Pumping | Mode::Older(Older::Flushing { .. }) => {
                 self.incumbent.withdraw(Instant::now(), "the incumbent was told to stop");

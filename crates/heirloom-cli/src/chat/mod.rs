@@ -23,6 +23,7 @@ use heirloom::{Config, Incumbent, Replace, Service, Start};
 use crate::control::Target;
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::signals::Signals;
 use client::{ChatRequest, Client};
 use pump::{Pump, PumpState};
 use stdio::{Input, Output};
@@ -60,6 +61,7 @@ enum ReplaceArg {
 /// Runs until the chat is replaced, stopped, or fails.
 pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
     heirloom::descriptors::raise_limit().context("cannot raise the limit on open files")?;
+    let signals = Signals::watch()?;
     let addresses = resolve(&args.address)?;
     let path = args.target.path("chat", &args.address)?;
     let service = service(&args.address);
@@ -88,7 +90,7 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
         input: Input::stdin().context("cannot use stdin")?,
         output: Output::stdout().context("cannot use stdout")?,
     };
-    Client::new(incumbent, Pump::resume(config, state, socket), args.linger)?.run()
+    Client::new(incumbent, Pump::resume(config, state, socket), signals, args.linger).run()
 }
 
 /// What the chat client with a server at this address is called at the control socket.
