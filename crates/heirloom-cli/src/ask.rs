@@ -101,7 +101,7 @@ fn unexpected(reply: Reply) -> Failure {
 }
 
 /// Writes to stdout; a reader that has gone is an error, not a panic.
-fn print_line(text: &str) -> std::io::Result<()> {
+pub(crate) fn print_line(text: &str) -> std::io::Result<()> {
     use std::io::Write;
     writeln!(std::io::stdout(), "{text}")
 }

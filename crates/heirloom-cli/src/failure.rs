@@ -4,6 +4,7 @@ use std::fmt;
 
 use heirloom::control::{ClientError, Failure as Refusal, FailureCode};
 use heirloom::protocol::Cause;
+use heirloom::upgrade::AskError;
 use heirloom::{StartError, TakeoverError};
 
 use crate::exit::Exit;
@@ -77,9 +78,20 @@ impl From<ClientError> for Failure {
     }
 }
 
+impl From<AskError> for Failure {
+    fn from(error: AskError) -> Self {
+        match error {
+            AskError::Refused(refusal) => refusal.into(),
+            AskError::Client(error) => error.into(),
+            error => Failure::new(Exit::Failed, error),
+        }
+    }
+}
+
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         let exit = match refusal.code {
+            FailureCode::RolledBack => Exit::RolledBack,
             FailureCode::Failed | FailureCode::Malformed | FailureCode::TooLong | FailureCode::Unknown => {
                 Exit::Failed
             }

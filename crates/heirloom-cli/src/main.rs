@@ -7,8 +7,10 @@ mod control;
 mod demo;
 mod exit;
 mod failure;
+mod inspect;
 mod log;
 mod signals;
+mod upgrade;
 
 use std::io::Write;
 
@@ -38,6 +40,10 @@ enum Command {
     Ping(control::Target),
     /// Show what the process at a control socket serves, and how its last takeover went
     Status(ask::StatusArgs),
+    /// Show what the process at a control socket would hand over in a takeover
+    Inspect(inspect::Args),
+    /// Let the process at a control socket be replaced by a new program, with all its connections
+    Upgrade(upgrade::Args),
     /// End the process at a control socket
     Quit(control::Target),
     /// Show it all: a client that is replaced under load, and loses nothing
@@ -65,6 +71,8 @@ fn main() -> Exit {
         Command::Chat(args) => chat::run(args),
         Command::Ping(target) => ask::ping(&target),
         Command::Status(args) => ask::status(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Upgrade(args) => upgrade::run(args),
         Command::Quit(target) => ask::quit(&target),
         Command::Demo(args) => demo::run(&args),
         Command::DemoServer(args) => demo::server::run(&args),

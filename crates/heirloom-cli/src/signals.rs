@@ -37,6 +37,11 @@ impl Signals {
         self.upgrade.as_fd()
     }
 
+    /// Whether a stop was asked for and not taken yet.
+    pub(crate) fn stop_waits(&self) -> bool {
+        matches!(recv(&self.stop, &mut [0u8; 1], RecvFlags::DONTWAIT | RecvFlags::PEEK), Ok((_, 1..)))
+    }
+
     /// Whether a stop was asked for since the last time; several requests count as one.
     pub(crate) fn take_stop(&self) -> bool {
         take(&self.stop)
@@ -75,7 +80,9 @@ mod tests {
         signal_hook::low_level::raise(SIGUSR2).unwrap();
         signal_hook::low_level::raise(SIGUSR2).unwrap();
         assert!(signals.take_upgrade() && !signals.take_upgrade() && !signals.take_stop());
+        assert!(!signals.stop_waits());
         signal_hook::low_level::raise(SIGHUP).unwrap();
+        assert!(signals.stop_waits());
         assert!(signals.take_stop() && !signals.take_stop() && !signals.take_upgrade());
     }
 }

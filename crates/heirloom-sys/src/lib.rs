@@ -2,7 +2,13 @@
 //!
 //! This is the only crate of the workspace with unsafe code; each block says why it is sound.
 
+mod exec;
+mod inherited;
+mod mask;
 mod option;
 mod peer;
 
+pub use exec::execve;
+pub use inherited::adopt;
+pub use mask::SignalMask;
 pub use peer::{Credentials, peer_credentials, peer_pidfd};

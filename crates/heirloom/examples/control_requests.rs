@@ -67,6 +67,11 @@ fn serve(control: &str) -> Result<(), Box<dyn Error>> {
                 let topic = complete.bundle().state()?.unwrap_or_default();
                 (complete.accept()?.incumbent, topic)
             }
+            Start::InPlace(taken) => (taken.incumbent, taken.bundle.state()?.unwrap_or_default()),
+            Start::Preflight(preflight) => match preflight.state::<Topic>() {
+                Ok(_) => return Ok(preflight.pass()?),
+                Err(error) => return Ok(preflight.refuse(error)?),
+            },
             Start::Older(_) => return Err("the incumbent keeps no topic".into()),
         };
     println!("keeping the topic, generation {}", incumbent.generation());

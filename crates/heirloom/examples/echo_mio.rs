@@ -23,7 +23,8 @@ use std::time::Instant;
 use heirloom::manifest::{Base, Change, Delta};
 use heirloom::runtime::mio::{deregister, register, reregister, timeout};
 use heirloom::{
-    Config, Entry, Incumbent, ItemId, Kind, NoRequests, Outcome, Replace, Service, Start, Successor, Turn,
+    Config, Entry, Incumbent, ItemId, Kind, NoRequests, Outcome, Replace, Service, Start, Successor, Taken,
+    Turn,
 };
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token};
@@ -44,6 +45,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     {
         Start::Fresh(incumbent) => (Echo::fresh(&address)?, incumbent),
         Start::Successor(successor) => Echo::take_over(successor)?,
+        Start::InPlace(taken) => Echo::go_on(Poll::new()?, ItemId::CONTROL, *taken)?,
+        // All that this program needs is in each connection's bytes: there is nothing that it could not decode.
+        Start::Preflight(preflight) => return Ok(preflight.pass()?),
         Start::Older(_) => return Err("the incumbent is no echo server".into()),
     };
     println!("serving {}, {} connections", echo.listener.local_addr()?, echo.connections.len());
@@ -106,11 +110,22 @@ impl Echo {
             }
         }
 
-        let taken = offered.ready()?.accept()?;
+        Echo::go_on(poll, registered, offered.ready()?.accept()?)
+    }
+
+    /// Serves what was handed over. Items up to `registered` are with this poller already.
+    fn go_on(
+        poll: Poll,
+        registered: ItemId,
+        taken: Taken<NoRequests>,
+    ) -> Result<(Echo, Incumbent<NoRequests>), Box<dyn Error>> {
         println!("took over from {}, nobody served for {:?}", taken.from, taken.pause);
         let mut bundle = taken.bundle;
         let next_id = bundle.next_id();
         let listener = bundle.take::<std::net::TcpListener>("listener")?.descriptor;
+        if LISTENER > registered {
+            register(poll.registry(), listener.as_fd(), token(LISTENER), Interest::READABLE)?;
+        }
         let mut connections = BTreeMap::new();
         for item in bundle.take_all::<std::net::TcpStream>("connection") {
             if item.id > registered {

@@ -20,6 +20,8 @@
 //!         let taken = successor.receive()?.ready()?.accept()?;
 //!         (taken.bundle, taken.incumbent)
 //!     }
+//!     Start::InPlace(taken) => (taken.bundle, taken.incumbent),
+//!     Start::Preflight(preflight) => return Ok(preflight.pass()?),
 //!     Start::Older(_) => return Err("an incumbent of another kind".into()),
 //! };
 //! // Serve; see `Incumbent` for its part in the event loop.
@@ -47,6 +49,7 @@ pub mod protocol;
 pub mod runtime;
 pub mod service;
 pub mod transport;
+pub mod upgrade;
 
 pub use bundle::{Bundle, BundleError, Taken as TakenItem};
 pub use codec::{Cbor, Codec, CodecError};

@@ -296,6 +296,14 @@ pub(crate) enum Holding {
 }
 
 impl Holding {
+    /// The locked file, if we hold it.
+    pub(crate) fn held(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Holding::Held(lock) => Some(lock.as_fd()),
+            _ => None,
+        }
+    }
+
     /// Unlocks, if we hold it.
     pub(crate) fn release(&mut self) {
         *self = match std::mem::replace(self, Holding::Moving) {

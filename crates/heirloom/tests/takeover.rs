@@ -310,7 +310,7 @@ fn program<S: Serialize + serde::de::DeserializeOwned>(
                 bundle.add("pipe", item.descriptor, &state).unwrap();
                 (bundle, taken.incumbent)
             }
-            Start::Older(_) => panic!("an incumbent of protocol 0"),
+            _ => panic!("neither fresh nor a successor"),
         };
     serve(incumbent, bundle);
 }
@@ -433,7 +433,7 @@ mod threads {
                     let taken = successor.receive()?.ready()?.accept()?;
                     (taken.bundle, taken.incumbent)
                 }
-                Start::Older(_) => return Err("an incumbent of protocol 0".into()),
+                _ => return Err("neither fresh nor a successor".into()),
             };
         let mut connections = BTreeMap::new();
         for entry in bundle.entries() {

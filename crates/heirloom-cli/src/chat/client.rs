@@ -10,6 +10,7 @@ use anyhow::anyhow;
 use heirloom::control::{Failure as Refusal, FailureCode, Reply};
 use heirloom::manifest::Base;
 use heirloom::runtime::blocking;
+use heirloom::upgrade::Upgrade;
 use heirloom::{
     Asked, Cbor, Codec, CodecError, ConnectionId, Entry, HandoverError, Incumbent, ItemId, Kind, Outcome,
     Turn,
@@ -66,6 +67,12 @@ enum Mode {
     Older(Older),
 }
 
+/// What signals ask for.
+struct Signalled {
+    stop: bool,
+    upgrade: bool,
+}
+
 /// The loop goes on, or the program ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
@@ -105,7 +112,11 @@ impl Client {
     fn serve(&mut self) -> Result<Exit, Failure> {
         loop {
             self.show();
-            let mut next = if self.wait()? { self.stop() } else { Next::Go };
+            let asked = self.wait()?;
+            if asked.upgrade {
+                self.upgrade();
+            }
+            let mut next = if asked.stop { self.stop() } else { Next::Go };
             if next == Next::Go {
                 next = self.answer()?;
             }
@@ -118,8 +129,8 @@ impl Client {
         }
     }
 
-    /// Lets the pump work, or only waits; true if a signal asks the client to stop.
-    fn wait(&mut self) -> Result<bool, Failure> {
+    /// Lets the pump work, or only waits; says what signals ask for.
+    fn wait(&mut self) -> Result<Signalled, Failure> {
         let deadline = match &self.mode {
             Mode::Pumping | Mode::Older(Older::Handed { .. }) => None,
             Mode::Lingering { until, .. }
@@ -127,28 +138,34 @@ impl Client {
             | Mode::Stopping { until }
             | Mode::Older(Older::Flushing { until, .. }) => Some(*until),
         };
-        let signalled = match &self.mode {
+        let signals = [
+            PollFd::from_borrowed_fd(self.signals.stop(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.signals.upgrade(), PollFlags::IN),
+        ];
+        let reported: Vec<PollFlags> = match &self.mode {
             Mode::Lingering { .. } | Mode::Resting { .. } | Mode::Older(Older::Handed { .. }) => {
-                let mut fds = vec![PollFd::from_borrowed_fd(self.signals.stop(), PollFlags::IN)];
+                let mut fds = signals.to_vec();
                 blocking::wait(&self.incumbent, &mut fds, deadline)?;
-                !fds[0].revents().is_empty()
+                fds.iter().map(PollFd::revents).collect()
             }
             Mode::Pumping | Mode::Stopping { .. } | Mode::Older(Older::Flushing { .. }) => {
                 let at = [deadline, self.incumbent.deadline()].into_iter().flatten().min();
-                let extra = [
-                    PollFd::new(&self.incumbent, PollFlags::IN),
-                    PollFd::from_borrowed_fd(self.signals.stop(), PollFlags::IN),
-                ];
+                let [stop, upgrade] = signals;
+                let extra = [stop, upgrade, PollFd::new(&self.incumbent, PollFlags::IN)];
                 match self.pump.turn(&extra, at) {
-                    Ok(turn) => !turn.extra[1].is_empty(),
+                    Ok(turn) => turn.extra,
                     Err(error) => {
                         self.pump_failed(error)?;
-                        false
+                        Vec::new()
                     }
                 }
             }
         };
-        Ok(signalled)
+        let asked = |index: usize| reported.get(index).is_some_and(|flags| !flags.is_empty());
+        Ok(Signalled {
+            stop: asked(0) && self.signals.take_stop(),
+            upgrade: asked(1) && self.signals.take_upgrade(),
+        })
     }
 
     fn pump_failed(&mut self, error: PumpError) -> Result<(), Failure> {
@@ -183,9 +200,15 @@ impl Client {
         Ok(())
     }
 
+    /// SIGUSR2 has come: does what `heirloom upgrade` without options asks for.
+    fn upgrade(&mut self) {
+        if let Err(refusal) = self.incumbent.upgrade(Upgrade::default()) {
+            tracing::warn!("no upgrade: {refusal}");
+        }
+    }
+
     /// A signal has come: empties the buffers first; a second signal ends the client at once.
     fn stop(&mut self) -> Next {
-        self.signals.take_stop();
         match self.mode {
             Mode::Pumping | Mode::Older(Older::Flushing { .. }) => {
                 self.incumbent.withdraw(Instant::now(), "the incumbent was told to stop");
@@ -231,6 +254,11 @@ impl Client {
                 }
                 Turn::Batch(batch) => {
                     batch.send(|id| descriptor(&self.pump, id));
+                    continue;
+                }
+                // In an upgrade in place it would be lost: the new program knows nothing of it.
+                Turn::Freeze(freeze) if self.signals.stop_waits() => {
+                    freeze.resume(BUSY);
                     continue;
                 }
                 Turn::Freeze(freeze) => match manifest(&self.pump) {

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::ValueEnum;
+use heirloom::upgrade::Preflight;
 use heirloom::{Config, Incumbent, Replace, Service, Start};
 
 use crate::control::Target;
@@ -82,6 +83,8 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
                 }
                 taken => break taken?,
             },
+            Start::InPlace(taken) => break go_on(*taken, true),
+            Start::Preflight(preflight) => return answer(preflight),
             Start::Older(older) => break older::take_over(older)?,
         }
     };
@@ -108,27 +111,49 @@ fn take_over(
         return Err(rolled_back(error));
     }
     let complete = offered.ready()?;
-    let mut state: PumpState = match complete.bundle().state() {
-        Ok(state) => state.unwrap_or_default(),
-        Err(error) => {
-            complete.withdraw(&error);
-            return Err(rolled_back(error));
-        }
-    };
-    let mut taken = complete.accept::<ChatRequest>()?;
+    if let Err(error) = complete.bundle().state::<PumpState>() {
+        complete.withdraw(&error);
+        return Err(rolled_back(error));
+    }
+    Ok(go_on(complete.accept::<ChatRequest>()?, false))
+}
+
+/// Goes on with what was handed over. `in_place` says that stdin and stdout are the same as before.
+fn go_on(
+    mut taken: heirloom::Taken<ChatRequest>,
+    in_place: bool,
+) -> (Incumbent<ChatRequest>, PumpState, Option<TcpStream>) {
     tracing::info!(
         from = %taken.from,
         generation = taken.incumbent.generation(),
         pause_us = taken.pause.as_micros() as u64,
-        "took over"
+        "{}",
+        if in_place { "upgraded in place" } else { "took over" }
     );
-    // A stdin of its own: what the incumbent's had to say of its end does not matter here.
-    state.stdin_open = true;
+    let mut state: PumpState = match taken.bundle.state() {
+        Ok(state) => state.unwrap_or_default(),
+        // It could be decoded a moment ago, or in the preflight.
+        Err(error) => {
+            tracing::error!(%error, "what was read and not yet passed on is lost");
+            PumpState::default()
+        }
+    };
+    // A stdin of its own: what the incumbent's had to say of its end does not matter then.
+    state.stdin_open |= !in_place;
     let socket = taken.bundle.take_all::<TcpStream>(SERVER).pop().map(|taken| taken.descriptor);
-    for entry in taken.bundle.close_rest() {
+    for entry in std::mem::take(&mut taken.bundle).close_rest() {
         tracing::warn!(item = %entry, "closed an item that this version does not know");
     }
-    Ok((taken.incumbent, state, socket))
+    (taken.incumbent, state, socket)
+}
+
+/// Answers an incumbent that asks whether this program could take over.
+fn answer(preflight: Preflight) -> Result<Exit, Failure> {
+    match preflight.state::<PumpState>() {
+        Ok(_) => preflight.pass()?,
+        Err(error) => preflight.refuse(error)?,
+    }
+    Ok(Exit::Done)
 }
 
 fn rolled_back(error: heirloom::BundleError) -> Failure {

@@ -15,6 +15,7 @@ pub use client::{Client, ClientError};
 pub use line::{LineReader, TooLong};
 pub use path::PathError;
 pub use request::{
-    Failure, FailureCode, Hello, NoRequests, Reply, Request, RequestError, VersionRange, Welcome,
+    Failure, FailureCode, Hello, ManifestSummary, NoRequests, Reply, Request, RequestError, VersionRange,
+    Welcome,
 };
 pub use status::{ItemStatus, LastTakeover, Status};

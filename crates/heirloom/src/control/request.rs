@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use super::status::Status;
+use crate::upgrade::{Checked, Upgrade};
 
 /// What a client asks.
 ///
@@ -45,6 +46,12 @@ pub enum Request<A = NoRequests> {
     /// Hand everything over to me: answered by [`Reply::Takeover`] and one end of a channel, or by an
     /// error.
     Takeover(Hello),
+    /// Start a new program and hand over to it. On success the incumbent ends without an answer, and the next generation
+    /// answers; a dry run is answered by [`Reply::Checked`].
+    Upgrade(Upgrade),
+    /// What would a takeover carry? Answered by [`Reply::Manifest`], with the base manifest as it would be sent, in a
+    /// sealed memfd, beside it.
+    Inspect,
     /// A request of the application's own.
     Application(A),
 }
@@ -100,6 +107,10 @@ pub enum Reply {
     Status(Status),
     /// To a Takeover: it starts. One end of the channel comes along.
     Takeover(Welcome),
+    /// To an Upgrade that is a dry run.
+    Checked(Checked),
+    /// To an Inspect. The manifest comes along.
+    Manifest(ManifestSummary),
     /// The request was not granted.
     Error(Failure),
     /// To a request of the application: any JSON that is none of the above, written as it is.
@@ -170,6 +181,24 @@ pub struct Welcome {
     pub items: u64,
 }
 
+/// What a base manifest holds; see [`Request::Inspect`].
+///
+/// ```
+/// let summary: heirloom::control::ManifestSummary = serde_json::from_str(r#"{"items": 3, "bytes": 320}"#)?;
+/// assert_eq!(summary.state_bytes, 0);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ManifestSummary {
+    /// Its length in bytes, header included.
+    pub bytes: u64,
+    /// How many items it lists, the control socket included.
+    pub items: u64,
+    /// Bytes of the application's state.
+    pub state_bytes: u64,
+}
+
 /// A range of versions, both ends included.
 ///
 /// ```
@@ -238,14 +267,16 @@ pub enum FailureCode {
     Malformed,
     /// The line is too long, and the connection ends.
     TooLong,
+    /// An upgrade failed, and the incumbent serves on.
+    RolledBack,
     /// Anything else.
     #[serde(other)]
     Failed,
 }
 
 /// The names of [`Request`]'s own variants, and of [`Reply`]'s.
-const REQUESTS: &[&str] = &["Ping", "Status", "Quit", "Takeover"];
-const REPLIES: &[&str] = &["Pong", "Bye", "Status", "Takeover", "Error"];
+const REQUESTS: &[&str] = &["Ping", "Status", "Quit", "Takeover", "Upgrade", "Inspect"];
+const REPLIES: &[&str] = &["Pong", "Bye", "Status", "Takeover", "Checked", "Manifest", "Error"];
 
 impl<A: DeserializeOwned> Request<A> {
     /// Reads one line, without its newline: our own requests first, then the application's.
@@ -261,6 +292,8 @@ impl<A: DeserializeOwned> Request<A> {
             Status,
             Quit,
             Takeover(Hello),
+            Upgrade(Upgrade),
+            Inspect,
         }
 
         let (tag, message) = tagged(line)?;
@@ -270,6 +303,8 @@ impl<A: DeserializeOwned> Request<A> {
                 Own::Status => Request::Status,
                 Own::Quit => Request::Quit,
                 Own::Takeover(hello) => Request::Takeover(hello),
+                Own::Upgrade(upgrade) => Request::Upgrade(upgrade),
+                Own::Inspect => Request::Inspect,
             });
         }
         match A::deserialize(message) {
@@ -302,6 +337,10 @@ impl<A: Serialize> Serialize for Request<A> {
             Request::Status => serializer.serialize_unit_variant("Request", 1, "Status"),
             Request::Quit => serializer.serialize_unit_variant("Request", 2, "Quit"),
             Request::Takeover(hello) => serializer.serialize_newtype_variant("Request", 3, "Takeover", hello),
+            Request::Upgrade(upgrade) => {
+                serializer.serialize_newtype_variant("Request", 4, "Upgrade", upgrade)
+            }
+            Request::Inspect => serializer.serialize_unit_variant("Request", 5, "Inspect"),
             Request::Application(request) => request.serialize(serializer),
         }
     }
@@ -326,6 +365,8 @@ impl Reply {
             Reply::Bye => Value::from("Bye"),
             Reply::Status(status) => serde_json::json!({ "Status": status }),
             Reply::Takeover(welcome) => serde_json::json!({ "Takeover": welcome }),
+            Reply::Checked(checked) => serde_json::json!({ "Checked": checked }),
+            Reply::Manifest(summary) => serde_json::json!({ "Manifest": summary }),
             Reply::Error(failure) => serde_json::json!({ "Error": failure }),
             Reply::Application(value) => value.clone(),
         };
@@ -344,6 +385,8 @@ impl Reply {
             Bye,
             Status(Status),
             Takeover(Welcome),
+            Checked(Checked),
+            Manifest(ManifestSummary),
             Error(Failure),
         }
 
@@ -356,6 +399,8 @@ impl Reply {
             Own::Bye => Reply::Bye,
             Own::Status(status) => Reply::Status(status),
             Own::Takeover(welcome) => Reply::Takeover(welcome),
+            Own::Checked(checked) => Reply::Checked(checked),
+            Own::Manifest(summary) => Reply::Manifest(summary),
             Own::Error(failure) => Reply::Error(failure),
         })
     }

@@ -26,6 +26,8 @@ pub enum Step {
     Released,
     /// The successor takes the lock and commits.
     Taken,
+    /// The incumbent becomes the new program in place; there is nobody to tell.
+    Exec,
 }
 
 impl fmt::Display for Step {
@@ -38,6 +40,7 @@ impl fmt::Display for Step {
             Step::Accept => "accept",
             Step::Released => "released",
             Step::Taken => "taken",
+            Step::Exec => "exec",
         })
     }
 }

@@ -31,6 +31,9 @@ pub struct Times {
     /// How long an incumbent tries to take the lock again, once the successor is gone, before it concludes that a
     /// third process serves. 1 s.
     pub relock: Duration,
+    /// From the start of a program that an upgrade starts to its answer to the preflight, and to its request for a
+    /// takeover. 10 s each.
+    pub start: Duration,
     /// The pause between two attempts at a lock that is held: flock(2) has no time limit of its own. 2 ms.
     pub retry: Duration,
 }
@@ -45,6 +48,7 @@ impl Default for Times {
             released: Duration::from_secs(10),
             fence: Duration::from_secs(1),
             relock: Duration::from_secs(1),
+            start: Duration::from_secs(10),
             retry: Duration::from_millis(2),
         }
     }

@@ -1,3 +1,4 @@
 //! The ways in which a bundle travels.
 
+pub mod exec;
 pub mod socket;

@@ -20,9 +20,9 @@ const SPARE_DESCRIPTORS: u64 = 16;
 impl<A> Incumbent<A> {
     /// Checks a Hello, and starts the takeover that it asks for.
     pub(super) fn hello(&mut self, now: Instant, id: ConnectionId, hello: Hello) {
-        let admitted = self.admit(&hello).and_then(|protocol| {
-            let connection = self.connections.get(&id).ok_or_else(|| failed("the connection has ended"))?;
-            let peer = Peer::of(connection).map_err(failed)?;
+        let admitted = self.identify(id).and_then(|peer| {
+            let protocol = self.admit(&hello, &peer)?;
+            self.admit_in_upgrade(&peer, now)?;
             let (channel, other) = Channel::pair().map_err(failed)?;
             let token = |token| epoll::EventData::new_u64(token);
             epoll::add(&self.epoll, &channel, token(CHANNEL), epoll::EventFlags::IN).map_err(failed)?;
@@ -68,7 +68,12 @@ impl<A> Incumbent<A> {
         }
     }
 
-    fn admit(&self, hello: &Hello) -> Result<u32, Failure> {
+    fn identify(&self, id: ConnectionId) -> Result<Peer, Failure> {
+        let connection = self.connections.get(&id).ok_or_else(|| failed("the connection has ended"))?;
+        Peer::of(connection).map_err(failed)
+    }
+
+    fn admit(&self, hello: &Hello, successor: &Peer) -> Result<u32, Failure> {
         if let Some(running) = &self.takeover {
             return Err(Failure {
                 code: FailureCode::Busy,
@@ -76,6 +81,12 @@ impl<A> Incumbent<A> {
                     "a takeover by {} is going on; try again when it has ended",
                     running.successor
                 ),
+            });
+        }
+        if std::process::id() == 1 && successor.pid.is_some() {
+            return Err(Failure {
+                code: FailureCode::Failed,
+                message: "the incumbent is PID 1 of its pid namespace, whose end would be the successor's too; upgrade it in place (heirloom upgrade)".into(),
             });
         }
         if hello.service != self.service.name {

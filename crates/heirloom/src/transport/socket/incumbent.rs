@@ -22,7 +22,8 @@ use serde::de::DeserializeOwned;
 use super::asked::Asked;
 use super::connection::{Connection, ConnectionId, failure};
 use super::takeover::{Takeover, Task, Want};
-use super::turn::{Batch, Freeze, Offer, Outcome, TakenBy, Turn};
+use super::turn::{Audience, Batch, Freeze, Offer, Outcome, TakenBy, Turn};
+use super::upgrade::{CHECK, Running, STARTED};
 use crate::clock;
 use crate::config::Config;
 use crate::control::request::{FailureCode, NoRequests, Reply, Request, RequestError};
@@ -35,6 +36,7 @@ use crate::manifest::ServiceRecord;
 use crate::peer::Peer;
 use crate::protocol::{self, IncumbentOutcome};
 use crate::service::Service;
+use crate::upgrade::Launch;
 
 /// How many rounds of events one turn handles at most, so that the control socket cannot starve the service.
 const ROUNDS: usize = 16;
@@ -81,7 +83,7 @@ pub struct Incumbent<A = NoRequests> {
     pub(super) epoll: OwnedFd,
     pub(super) listener: UnixListener,
     path: PathBuf,
-    lock: Holding,
+    pub(super) lock: Holding,
     pub(super) service: Service,
     pub(super) config: Config,
     pub(super) record: ServiceRecord,
@@ -90,6 +92,10 @@ pub struct Incumbent<A = NoRequests> {
     pub(super) connections: BTreeMap<ConnectionId, Connection>,
     next_connection: u64,
     pub(super) takeover: Option<Box<Takeover>>,
+    pub(super) launch: Launch,
+    pub(super) upgrade: Option<Box<Running>>,
+    /// Who wants to see the manifest.
+    inspectors: Vec<ConnectionId>,
     pub(super) last_takeover: Option<LastTakeover>,
     pub(super) ended: Option<Outcome>,
     notices: VecDeque<Notice<A>>,
@@ -122,10 +128,22 @@ impl<A> Incumbent<A> {
         // A takeover that ends before the freeze needs nothing of the application.
         self.ended = None;
         match self.takeover.as_mut().and_then(|takeover| takeover.want.take()) {
-            Some(Want::Offer) => return Ok(Turn::Offer(Offer { incumbent: Some(self) })),
+            Some(Want::Offer) => {
+                return Ok(Turn::Offer(Offer { incumbent: Some(self), audience: Audience::Successor }));
+            }
             Some(Want::Batch(ids)) => return Ok(Turn::Batch(Batch { incumbent: self, ids })),
             Some(Want::Freeze) => return Ok(Turn::Freeze(Freeze { incumbent: Some(self) })),
             None => {}
+        }
+        if self.upgrade_wants_offer() {
+            return Ok(Turn::Offer(Offer { incumbent: Some(self), audience: Audience::Preflight }));
+        }
+        if self.upgrade_freezes() {
+            return Ok(Turn::Freeze(Freeze { incumbent: Some(self) }));
+        }
+        if self.can_show_manifest() {
+            let audience = Audience::Inspectors(std::mem::take(&mut self.inspectors));
+            return Ok(Turn::Offer(Offer { incumbent: Some(self), audience }));
         }
         match self.notices.pop_front() {
             Some(Notice::Request(connection, request)) => Ok(Turn::Request(Asked {
@@ -143,13 +161,14 @@ impl<A> Incumbent<A> {
         }
     }
 
-    /// Ends a takeover that has not frozen anything yet, if there is one: the successor is told why.
+    /// Ends a takeover or an upgrade that has not frozen anything yet, if there is one: the other side is told why.
     pub fn withdraw(&mut self, now: Instant, why: &str) {
         if let Some(takeover) = &mut self.takeover {
             takeover.machine.abort(why);
             self.run_takeover(now);
             self.ended = None;
         }
+        self.fail_upgrade(why);
     }
 
     pub(super) fn process(&mut self, now: Instant) -> io::Result<()> {
@@ -182,6 +201,7 @@ impl<A> Incumbent<A> {
                     LISTENER => self.accept(now),
                     CHANNEL => self.channel_ready(now),
                     SUCCESSOR => self.successor_exited(now),
+                    CHECK | STARTED => self.run_upgrade(now),
                     id => self.connection_ready(now, ConnectionId(id), event.flags),
                 }
                 if self.is_over() {
@@ -193,7 +213,16 @@ impl<A> Incumbent<A> {
             takeover.machine.handle_timeout(now);
             self.run_takeover(now);
         }
+        if self.upgrade_deadline().is_some_and(|at| at <= now) {
+            self.run_upgrade(now);
+        }
         Ok(())
+    }
+
+    /// Inspectors wait while somebody else was offered a manifest: what has changed since is reckoned from the last one that
+    /// the application wrote.
+    fn can_show_manifest(&self) -> bool {
+        !self.inspectors.is_empty() && !self.takeover_running()
     }
 
     /// Whether somebody else serves. Then nothing is answered any more: the control socket is theirs.
@@ -297,6 +326,13 @@ impl<A> Incumbent<A> {
                     self.notices.push_back(Notice::Quit(id));
                 }
                 Ok(Request::Takeover(hello)) => self.hello(now, id, hello),
+                Ok(Request::Upgrade(request)) => self.upgrade_asked(id, &request),
+                Ok(Request::Inspect) => {
+                    if let Some(connection) = self.connections.get_mut(&id) {
+                        connection.waiting = true;
+                    }
+                    self.inspectors.push(id);
+                }
                 Ok(Request::Application(request)) => {
                     if let Some(connection) = self.connections.get_mut(&id) {
                         connection.waiting = true;
@@ -406,6 +442,12 @@ impl<A> Incumbent<A> {
             total_us: takeover.started.elapsed().as_micros() as u64,
             at_unix_ms: clock::unix_ms(),
         });
+        match &outcome {
+            IncumbentOutcome::Taken => self.upgrade_taken(),
+            IncumbentOutcome::Resumed(reason) | IncumbentOutcome::Superseded(reason) => {
+                self.fail_upgrade(&reason.to_string());
+            }
+        }
         self.ended = Some(match outcome {
             IncumbentOutcome::Taken => Outcome::Taken(TakenBy {
                 pid: takeover.successor.pid,
@@ -422,7 +464,8 @@ impl<A> Incumbent<A> {
 impl<A> Incumbent<A> {
     /// When [`Incumbent::turn`] wants to be called though nothing is readable.
     pub fn deadline(&self) -> Option<Instant> {
-        if self.again || !self.notices.is_empty() || !self.replied.is_empty() {
+        let asked = !self.notices.is_empty() || !self.replied.is_empty() || self.can_show_manifest();
+        if self.again || asked {
             return Some(Instant::now());
         }
         match &self.takeover {
@@ -434,7 +477,7 @@ impl<A> Incumbent<A> {
     /// When the incumbent itself has something to do.
     pub(super) fn timer(&self) -> Option<Instant> {
         let takeover = self.takeover.as_deref().and_then(Takeover::deadline);
-        [takeover, self.listen_again].into_iter().flatten().min()
+        [takeover, self.upgrade_deadline(), self.listen_again].into_iter().flatten().min()
     }
 
     /// The path of the control socket.
@@ -452,9 +495,9 @@ impl<A> Incumbent<A> {
         self.last_takeover.as_ref()
     }
 
-    /// Whether a takeover is going on.
+    /// Whether a takeover or an upgrade is going on.
     pub fn takeover_running(&self) -> bool {
-        self.takeover.is_some()
+        self.takeover.is_some() || self.upgrade.is_some()
     }
 
     /// Sets a counter, such as `bytes_in`: shown by status, and handed over, so that it never goes back.
@@ -491,7 +534,7 @@ impl<A> Incumbent<A> {
             serving_since_unix_ms: self.serving_since_ms,
             items: self.items.clone(),
             counters: self.record.counters.clone(),
-            takeover_running: self.takeover.is_some(),
+            takeover_running: self.takeover_running(),
             last_takeover: self.last_takeover.clone(),
         }
     }
@@ -503,7 +546,7 @@ impl<A> Incumbent<A> {
         }
     }
 
-    pub(super) fn serve(
+    pub(in crate::transport) fn serve(
         listener: UnixListener,
         path: &Path,
         lock: ServiceLock,
@@ -538,6 +581,9 @@ impl<A> Incumbent<A> {
             connections: BTreeMap::new(),
             next_connection: FIRST_CONNECTION,
             takeover: None,
+            launch: Launch::current(),
+            upgrade: None,
+            inspectors: Vec::new(),
             last_takeover,
             ended: None,
             notices: VecDeque::new(),

@@ -14,6 +14,7 @@ mod start;
 mod successor;
 mod takeover;
 mod turn;
+mod upgrade;
 
 pub use asked::Asked;
 pub use connection::ConnectionId;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 
 use super::older::OlderIncumbent;
-use super::{Incumbent, Successor};
+use super::{Incumbent, Successor, Taken};
 use crate::channel::{Channel, ChannelError};
 use crate::clock;
 use crate::config::Config;
@@ -20,6 +20,8 @@ use crate::manifest::ServiceRecord;
 use crate::peer::{Peer, Refused};
 use crate::protocol;
 use crate::service::Service;
+use crate::transport::exec::{self, InPlaceError};
+use crate::upgrade::{Preflight, PreflightError, Role};
 
 /// How long a start waits for another process that is just starting, ending or being replaced.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -52,6 +54,8 @@ pub enum Replace {
 ///         Start::Fresh(_) => "serving",
 ///         Start::Successor(_) => "an incumbent hands over",
 ///         Start::Older(_) => "an incumbent of protocol 0 hands over",
+///         Start::InPlace(_) => "serving, as another program before",
+///         Start::Preflight(_) => "only asked whether it could",
 ///     }
 /// }
 /// ```
@@ -64,6 +68,10 @@ pub enum Start<A = NoRequests> {
     Successor(Successor),
     /// An incumbent that speaks protocol 0.
     Older(OlderIncumbent),
+    /// This process served already, as another program, and was upgraded in place: it serves now.
+    InPlace(Box<Taken<A>>),
+    /// The incumbent asks whether this program could take over: answer, and exit.
+    Preflight(Preflight),
 }
 
 /// Why a process neither serves nor may take over.
@@ -115,12 +123,22 @@ pub enum StartError {
     /// The channel that came with the welcome cannot be used.
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    /// An incumbent asked whether this program could take over, and it could not.
+    #[error("this program cannot take over: {0}")]
+    Preflight(#[from] PreflightError),
+    /// This process was upgraded in place, and cannot go on.
+    #[error(transparent)]
+    InPlace(#[from] InPlaceError),
     /// A system call failed.
     #[error("cannot start serving: {0}")]
     Io(#[from] io::Error),
 }
 
 /// Finds out whether somebody serves at this control path: starts fresh if not, asks to take over if so.
+///
+/// A process that was started by an upgrade learns so here, and `replace` does not count: one that an incumbent has
+/// started takes over, whatever its arguments say of that. Signal handlers are best installed before: in an upgrade in
+/// place, signals that came meanwhile are delivered by the end of this.
 ///
 /// At most one process ever comes out of this as `Fresh`, however many start at once: the service lock (the control
 /// path with `.lock` appended) is taken before the control socket is bound.
@@ -134,6 +152,16 @@ pub fn start<A: DeserializeOwned>(
     config: Config,
     replace: Replace,
 ) -> Result<Start<A>, StartError> {
+    if let Some(taken) = exec::inherit(path, &service, &config)? {
+        return Ok(Start::InPlace(Box::new(taken)));
+    }
+    if let Some(preflight) = Preflight::of_this_process(path, &service, &config)? {
+        return Ok(Start::Preflight(preflight));
+    }
+    let replace = match Role::of_this_process() {
+        Some(Role::Successor { .. }) => Replace::Must,
+        _ => replace,
+    };
     prepare_directory(path)?;
     let patience = Instant::now() + PATIENCE;
     loop {

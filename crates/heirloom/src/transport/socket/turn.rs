@@ -9,12 +9,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use super::asked::Asked;
-use super::connection::ConnectionId;
+use super::connection::{ConnectionId, failure};
 use super::incumbent::Incumbent;
 use super::takeover::{Offered, Want};
 use crate::bundle::Bundle;
 use crate::clock;
-use crate::control::request::NoRequests;
+use crate::control::request::{FailureCode, ManifestSummary, NoRequests, Reply};
 use crate::item::{CONTROL_NAME, Entry, ItemId};
 use crate::kind::Kind;
 use crate::manifest::{Base, Delta, ManifestError, ServiceRecord, seal};
@@ -40,7 +40,7 @@ use crate::protocol::Reason;
 pub enum Turn<'i, A = NoRequests> {
     /// Nothing; serve, and come back when the incumbent's descriptor is readable or its deadline has passed.
     Idle,
-    /// A successor was admitted: write down what there is to hand over.
+    /// Somebody wants to see what there is to hand over: write it down.
     Offer(Offer<'i, A>),
     /// Lend these items' descriptors, to be sent.
     Batch(Batch<'i, A>),
@@ -129,7 +129,8 @@ impl fmt::Display for TakenBy {
     }
 }
 
-/// A successor was admitted and waits for the base manifest. Dropping it refuses.
+/// Somebody wants to see the base manifest: a successor that was admitted, the preflight of an upgrade, or an operator
+/// who inspects. Dropping it refuses.
 ///
 /// ```
 /// use heirloom::manifest::Base;
@@ -141,34 +142,33 @@ impl fmt::Display for TakenBy {
 /// ```
 pub struct Offer<'i, A> {
     pub(super) incumbent: Option<&'i mut Incumbent<A>>,
+    pub(super) audience: Audience,
+}
+
+/// Who is to see a base manifest.
+#[derive(Clone, Debug)]
+pub(super) enum Audience {
+    Successor,
+    Preflight,
+    Inspectors(Vec<ConnectionId>),
 }
 
 impl<A> Offer<'_, A> {
-    /// Sends the base manifest: the application's state and its items, as they are now. Their descriptors are asked
-    /// for in [`Turn::Batch`]es. The control listener and the service's record are added here.
+    /// Writes the base manifest: the application's state and its items, as they are now. If it is for a successor, their
+    /// descriptors are asked for in [`Turn::Batch`]es. The control listener and the service's record are added here.
     ///
     /// # Errors
     ///
-    /// The manifest exceeds a limit or cannot be written (memory is full): the takeover is aborted, serve on.
+    /// The manifest exceeds a limit or cannot be written (memory is full): whoever wanted it is told, serve on.
     pub fn begin(mut self, mut base: Base) -> Result<(), HandoverError> {
         let Some(incumbent) = self.incumbent.take() else { return Ok(()) };
-        let now = Instant::now();
         base.service = incumbent.record.clone();
         base.items.insert(0, control_entry());
-        let Some(takeover) = &mut incumbent.takeover else { return Ok(()) };
-        let result = base.encode(&incumbent.config.limits).map_err(HandoverError::from).and_then(|encoded| {
-            takeover.bytes += encoded.bytes.len() as u64;
-            let ids = base.items.iter().map(|entry| entry.id).collect();
-            let memfd = seal("base", &encoded.bytes)?;
-            takeover.offered = Some(Offered { base, crc: encoded.crc, memfd });
-            takeover.machine.offered(now, ids);
-            Ok(())
-        });
-        if let Err(error) = &result {
-            takeover.machine.abort(format_args!("the incumbent cannot write its manifest: {error}"));
+        match &self.audience {
+            Audience::Successor => incumbent.offer(base),
+            Audience::Preflight => incumbent.check(base),
+            Audience::Inspectors(who) => incumbent.show_manifest(who, &base),
         }
-        incumbent.run_takeover(now);
-        result
     }
 
     /// Like [`Offer::begin`], for a program that keeps a [`Bundle`].
@@ -180,19 +180,78 @@ impl<A> Offer<'_, A> {
         self.begin(bundle.base(ServiceRecord::default()))
     }
 
-    /// Refuses: the successor is told why.
+    /// Refuses: whoever wanted it is told why.
     pub fn refuse(mut self, why: &str) {
-        if let Some(incumbent) = self.incumbent.take() {
-            incumbent.withdraw(Instant::now(), why);
+        self.end(why);
+    }
+
+    fn end(&mut self, why: &str) {
+        let Some(incumbent) = self.incumbent.take() else { return };
+        match &self.audience {
+            Audience::Successor => incumbent.withdraw(Instant::now(), why),
+            Audience::Preflight => incumbent.fail_upgrade(why),
+            Audience::Inspectors(who) => {
+                let line = failure(FailureCode::Failed, why);
+                for &id in who {
+                    incumbent.answer_later(id, line.clone(), Vec::new());
+                }
+            }
         }
     }
 }
 
 impl<A> Drop for Offer<'_, A> {
     fn drop(&mut self) {
-        if let Some(takeover) = self.incumbent.take().and_then(|incumbent| incumbent.takeover.as_mut()) {
-            takeover.machine.abort("the application did not offer anything");
+        self.end("the application did not offer anything");
+    }
+}
+
+impl<A> Incumbent<A> {
+    fn offer(&mut self, base: Base) -> Result<(), HandoverError> {
+        let now = Instant::now();
+        let Some(takeover) = &mut self.takeover else { return Ok(()) };
+        let result = base.encode(&self.config.limits).map_err(HandoverError::from).and_then(|encoded| {
+            takeover.bytes += encoded.bytes.len() as u64;
+            let ids = base.items.iter().map(|entry| entry.id).collect();
+            let memfd = seal("base", &encoded.bytes)?;
+            takeover.offered = Some(Offered { base, crc: encoded.crc, memfd });
+            takeover.machine.offered(now, ids);
+            Ok(())
+        });
+        if let Err(error) = &result {
+            takeover.machine.abort(format_args!("the incumbent cannot write its manifest: {error}"));
         }
+        self.run_takeover(now);
+        result
+    }
+
+    fn show_manifest(&mut self, who: &[ConnectionId], base: &Base) -> Result<(), HandoverError> {
+        let sealed = base
+            .encode(&self.config.limits)
+            .map_err(HandoverError::from)
+            .and_then(|encoded| Ok((seal("base", &encoded.bytes)?, encoded.bytes.len())));
+        for &id in who {
+            let copy = match &sealed {
+                Ok((memfd, _)) => memfd.try_clone().map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            match (copy, &sealed) {
+                (Ok(memfd), Ok((_, bytes))) => {
+                    let summary = ManifestSummary {
+                        bytes: *bytes as u64,
+                        items: base.items.len() as u64,
+                        state_bytes: base.state.as_ref().map_or(0, Vec::len) as u64,
+                    };
+                    self.answer_later(id, Reply::Manifest(summary).to_line(), vec![memfd]);
+                }
+                (copy, _) => {
+                    let why = copy.err().unwrap_or_default();
+                    let why = format!("the incumbent cannot write its manifest: {why}");
+                    self.answer_later(id, failure(FailureCode::Failed, why), Vec::new());
+                }
+            }
+        }
+        sealed.map(drop)
     }
 }
 
@@ -241,6 +300,10 @@ impl<A> Incumbent<A> {
 
 /// The successor is ready, and nothing may be touched until this is released or resumed. Dropping it resumes.
 ///
+/// In an upgrade in place there is no successor yet: a release becomes it, and returns only when that has failed. Signals
+/// wait meanwhile, until the new program has started, or a resume: a program that acts on signals looks once more whether
+/// one has come before it releases.
+///
 /// ```
 /// use heirloom::{Bundle, Freeze, HandoverError, Outcome};
 ///
@@ -260,12 +323,15 @@ impl<A> Freeze<'_, A> {
     }
 
     fn offered(&self) -> Option<(&Base, u32)> {
-        let offered = self.incumbent.as_ref()?.takeover.as_ref()?.offered.as_ref()?;
+        let incumbent = self.incumbent.as_ref()?;
+        let in_place = incumbent.frozen_in_place();
+        let offered = in_place.or_else(|| incumbent.takeover.as_ref()?.offered.as_ref())?;
         Some((&offered.base, offered.crc))
     }
 
-    /// Releases everything: sends what has changed since the offer, lends the descriptors of added items, and waits
-    /// until the successor serves or has failed. Meanwhile the control socket is answered.
+    /// Releases everything: sends what has changed since the offer, lends the descriptors of added items (of all items,
+    /// in an upgrade in place), and waits until the successor serves or has failed. Meanwhile the control socket is
+    /// answered.
     ///
     /// The caller has stopped reading, writing and accepting in all its threads. `delta` says what changed; its
     /// checksum, counts, counters and time are filled in here.
@@ -282,6 +348,9 @@ impl<A> Freeze<'_, A> {
         let Some(incumbent) = self.incumbent.take() else {
             return Err(io::Error::other("released twice").into());
         };
+        if incumbent.frozen_in_place().is_some() {
+            return incumbent.become_new_program(delta, &mut descriptor);
+        }
         if let Err(error) = incumbent.seal_delta(delta) {
             let why = format!("the incumbent cannot write its delta: {error}");
             incumbent.finish(Some(&why), &mut |_| None)?;
@@ -326,7 +395,14 @@ impl<A> Freeze<'_, A> {
 
     /// Does not hand over; the successor is told why. Serve on.
     pub fn resume(mut self, why: &str) {
-        if let Some(incumbent) = self.incumbent.take() {
+        self.end(why);
+    }
+
+    fn end(&mut self, why: &str) {
+        let Some(incumbent) = self.incumbent.take() else { return };
+        if incumbent.frozen_in_place().is_some() {
+            incumbent.fail_upgrade(why);
+        } else {
             let _ = incumbent.finish(Some(why), &mut |_| None);
         }
     }
@@ -334,22 +410,28 @@ impl<A> Freeze<'_, A> {
 
 impl<A> Drop for Freeze<'_, A> {
     fn drop(&mut self) {
-        if let Some(incumbent) = self.incumbent.take() {
-            let _ = incumbent.finish(Some("the application resumed"), &mut |_| None);
-        }
+        self.end("the application resumed");
     }
 }
 
 impl<A> Incumbent<A> {
-    fn seal_delta(&mut self, mut delta: Delta) -> Result<(), HandoverError> {
-        let Some(takeover) = &mut self.takeover else { return Ok(()) };
-        let Some(offered) = &takeover.offered else { return Ok(()) };
-        delta.base_crc = offered.crc;
+    /// Fills in what the application does not know of.
+    pub(super) fn complete(&self, mut delta: Delta, offered: usize, crc: u32, frozen_at_ns: u64) -> Delta {
+        delta.base_crc = crc;
         // If the application ends more than there was, the successor finds out and refuses.
-        let count = (offered.base.items.len() + delta.added.len()).saturating_sub(delta.ended.len());
+        let count = (offered + delta.added.len()).saturating_sub(delta.ended.len());
         delta.count = count as u64;
         delta.counters = self.record.counters.clone();
-        delta.frozen_at_ns = takeover.frozen_at_ns.unwrap_or_else(clock::monotonic_ns);
+        delta.frozen_at_ns = frozen_at_ns;
+        delta
+    }
+
+    fn seal_delta(&mut self, delta: Delta) -> Result<(), HandoverError> {
+        let Some(takeover) = &self.takeover else { return Ok(()) };
+        let Some(offered) = &takeover.offered else { return Ok(()) };
+        let frozen_at_ns = takeover.frozen_at_ns.unwrap_or_else(clock::monotonic_ns);
+        let delta = self.complete(delta, offered.base.items.len(), offered.crc, frozen_at_ns);
+        let Some(takeover) = &mut self.takeover else { return Ok(()) };
         let late = delta.added.iter().map(|entry| entry.id).collect();
         let encoded = delta.encode(&self.config.limits)?;
         takeover.bytes += encoded.bytes.len() as u64;

@@ -1,0 +1,76 @@
+//! The command `heirloom upgrade`: lets the process at a control socket be replaced by a new program.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use heirloom::control::Status;
+use heirloom::upgrade::{Checked, Upgrade, Upgraded, ask};
+
+use crate::ask::print_line;
+use crate::control::Target;
+use crate::exit::Exit;
+use crate::failure::Failure;
+
+/// The options of `heirloom upgrade`.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    target: Target,
+    /// The file to run [default: the one from which the process was started, as it is now]
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+    /// Become the new program in place, with the same pid; always so when stdin is a terminal, or for PID 1
+    #[arg(long)]
+    in_place: bool,
+    /// Only find out whether the new program could take over
+    #[arg(long)]
+    dry_run: bool,
+    /// How long to wait for the outcome
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+    /// The arguments of the new program, its command first [default: the same as before]
+    #[arg(last = true, value_name = "ARGS")]
+    arguments: Vec<String>,
+}
+
+/// Asks, waits, and says what happened.
+pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
+    let path = args.target.path_of_chat()?;
+    // The other process may be in another directory.
+    let program =
+        args.program.map(std::path::absolute).transpose().context("cannot tell where --program is")?;
+    let request = Upgrade {
+        program,
+        arguments: (!args.arguments.is_empty()).then_some(args.arguments),
+        in_place: args.in_place,
+        dry_run: args.dry_run,
+        generation: None,
+    };
+    match ask(&path, request, args.timeout)? {
+        Upgraded::Replaced { before, now } => print_line(&replaced(&before, &now))?,
+        Upgraded::Checked(checked) => print_line(&could_be(&checked))?,
+    }
+    Ok(Exit::Done)
+}
+
+fn replaced(before: &Status, now: &Status) -> String {
+    let process = |status: &Status| {
+        format!(
+            "generation {} ({} {}, pid {})",
+            status.generation, status.program, status.version, status.pid
+        )
+    };
+    let last = now.last_takeover.as_ref();
+    let pause =
+        last.and_then(|last| last.pause_us).map_or(String::new(), |pause| format!(", pause {pause} µs"));
+    let items = last.map_or(0, |last| last.items);
+    let place = if before.pid == now.pid { " in place" } else { "" };
+    format!("upgraded{place}: {} became {}; {items} items{pause}", process(before), process(now))
+}
+
+fn could_be(checked: &Checked) -> String {
+    let Checked { program, version, in_place, items, bytes } = checked;
+    let place = if *in_place { " in place" } else { "" };
+    format!("could be upgraded{place} to {program} {version}: {items} items, {bytes} bytes of manifest")
+}

@@ -1,0 +1,99 @@
+//! The variable by which an incumbent tells the program that it starts what part it has.
+//!
+//! A value names the process that it is meant for: a variable that is inherited further, by a child of that process, says
+//! nothing there.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+
+/// The variable's name.
+pub(crate) const VARIABLE: &str = "HEIRLOOM_UPGRADE";
+
+/// What an upgrade means this process to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// To look at the manifest on stdin and answer: a child of the incumbent.
+    Preflight { incumbent: u32 },
+    /// To take over: a child of the incumbent.
+    Successor { incumbent: u32 },
+    /// The incumbent itself as another program; the manifest is in this descriptor.
+    InPlace { incumbent: u32, manifest: i32 },
+}
+
+impl Role {
+    /// The role of this process, if it has one.
+    pub(crate) fn of_this_process() -> Option<Role> {
+        let role = Role::parse(&std::env::var_os(VARIABLE)?)?;
+        let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+        let meant = match role {
+            Role::Preflight { incumbent } | Role::Successor { incumbent } => parent == Some(incumbent),
+            Role::InPlace { incumbent, .. } => std::process::id() == incumbent,
+        };
+        meant.then_some(role)
+    }
+
+    fn parse(value: &OsStr) -> Option<Role> {
+        let mut parts = value.to_str()?.split(':');
+        let (role, pid) = (parts.next()?, parts.next()?.parse().ok()?);
+        let role = match role {
+            "preflight" => Role::Preflight { incumbent: pid },
+            "successor" => Role::Successor { incumbent: pid },
+            "in-place" => Role::InPlace { incumbent: pid, manifest: parts.next()?.parse().ok()? },
+            _ => return None,
+        };
+        parts.next().is_none().then_some(role)
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Role::Preflight { incumbent } => write!(f, "preflight:{incumbent}"),
+            Role::Successor { incumbent } => write!(f, "successor:{incumbent}"),
+            Role::InPlace { incumbent, manifest } => write!(f, "in-place:{incumbent}:{manifest}"),
+        }
+    }
+}
+
+/// Whether a variable is left out of a started program's environment: what was meant for this process alone, ours and
+/// systemd's. LISTEN_PID would still match after an execve, and its descriptors are long in use.
+pub(crate) fn is_ours_alone(name: &OsStr) -> bool {
+    name == VARIABLE || ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"].iter().any(|listen| name == *listen)
+}
+
+/// The environment of a started program.
+pub(crate) fn environment(role: Role) -> impl Iterator<Item = (OsString, OsString)> {
+    std::env::vars_os()
+        .filter(|(name, _)| !is_ours_alone(name))
+        .chain([(VARIABLE.into(), role.to_string().into())])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roles_travel_as_text() {
+        for role in [
+            Role::Preflight { incumbent: 1 },
+            Role::Successor { incumbent: 4_000_000 },
+            Role::InPlace { incumbent: 1, manifest: 19_999 },
+        ] {
+            assert_eq!(Role::parse(role.to_string().as_ref()), Some(role));
+        }
+        for nonsense in
+            ["", "preflight", "preflight:", "preflight:x", "in-place:1", "successor:1:2", "king:1"]
+        {
+            assert_eq!(Role::parse(nonsense.as_ref()), None, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn what_was_meant_for_one_process_is_not_passed_on() {
+        let role = Role::Successor { incumbent: 7 };
+        let environment: Vec<_> = environment(role).collect();
+        assert_eq!(environment.iter().filter(|(name, _)| name == VARIABLE).count(), 1);
+        assert!(environment.iter().any(|(name, _)| name == "PATH"), "the rest is");
+        assert!(is_ours_alone("LISTEN_PID".as_ref()) && !is_ours_alone("LISTEN".as_ref()));
+    }
+}
