@@ -10,6 +10,8 @@ mod echo {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use std::thread;
 
+    use heirloom::control::{Reply, Request};
+    use heirloom::upgrade::{Upgrade, Upgraded, ask};
     use heirloom::{ItemId, Kind, NoRequests, Service};
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -140,6 +142,48 @@ mod echo {
             stop.store(true, Ordering::SeqCst);
         });
         stuffed.into_iter().for_each(Client::finish);
+    }
+
+    /// By a request alone: the server starts its successor, or becomes it.
+    #[test]
+    fn a_hundred_connections_echo_through_upgrades_beside_and_in_place() {
+        const BUSY: u64 = 100;
+        let Some(program) = example("echo_mio") else { return };
+        let scratch = Scratch::new();
+        let control = scratch.control();
+        let (_first, address) = start(&program, &control);
+        let (stop, trips) = (AtomicBool::new(false), AtomicU64::new(0));
+        thread::scope(|scope| {
+            for seed in 0..BUSY {
+                let mut client = Client::connect(address, seed);
+                let (stop, trips) = (&stop, &trips);
+                scope.spawn(move || {
+                    let mut last = false;
+                    while !last {
+                        last = stop.load(Ordering::SeqCst);
+                        client.round_trip(1 + (client.sent * 7919 % 6000) as usize);
+                        trips.fetch_add(1, Ordering::Relaxed);
+                    }
+                    client.finish();
+                });
+            }
+            for generation in 1..=12 {
+                let before = trips.load(Ordering::Relaxed);
+                wait_for("traffic", || trips.load(Ordering::Relaxed) > before + BUSY);
+                let in_place = generation % 3 > 0;
+                let upgraded = ask(&control, Upgrade { in_place, ..Upgrade::default() }, LONG);
+                let Ok(Upgraded::Replaced { before, now }) = upgraded else { panic!("{upgraded:?}") };
+                assert_eq!(now.generation, generation);
+                assert_eq!(now.last_takeover.as_ref().unwrap().items, 2 + BUSY);
+                assert_eq!(before.pid == now.pid, in_place);
+            }
+            stop.store(true, Ordering::SeqCst);
+        });
+        // The one that serves is no child of this test.
+        let mut last = heirloom::control::Client::connect(&control).unwrap();
+        assert_eq!(last.request(&Request::<NoRequests>::Quit).unwrap(), Reply::Bye);
+        last.set_timeout(LONG);
+        assert!(last.receive().is_err(), "it ends");
     }
 
     /// This test is the successor of one echo server and the incumbent of the next.

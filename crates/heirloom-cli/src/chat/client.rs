@@ -256,8 +256,8 @@ impl Client {
                     batch.send(|id| descriptor(&self.pump, id));
                     continue;
                 }
-                // In an upgrade in place it would be lost: the new program knows nothing of it.
-                Turn::Freeze(freeze) if self.signals.stop_waits() => {
+                // A stop would be lost in an upgrade in place: the new program knows nothing of it.
+                Turn::Freeze(freeze) if busy || self.signals.stop_waits() => {
                     freeze.resume(BUSY);
                     continue;
                 }

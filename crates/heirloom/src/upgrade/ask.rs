@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::request::{Checked, Upgrade};
 use crate::control::client::{Client, ClientError};
-use crate::control::request::{Failure, NoRequests, Reply, Request};
+use crate::control::request::{Failure, FailureCode, NoRequests, Reply, Request};
 use crate::control::status::Status;
 
 /// How often a control socket is asked again until the successor answers.
@@ -61,6 +61,16 @@ pub enum AskError {
     /// The control socket cannot be asked.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// The incumbent is of a time before upgrades.
+    #[error(
+        "the incumbent ({program} {version}) knows nothing of upgrades; start the new program by hand, and it takes over"
+    )]
+    Older {
+        /// Its name.
+        program: String,
+        /// Its version.
+        version: String,
+    },
     /// The incumbent ended, and nobody has answered since.
     #[error(
         "the incumbent has ended, and nobody answers at {} since: the new program may have failed as it started; see its log",
@@ -98,6 +108,10 @@ pub fn ask(path: &Path, mut request: Upgrade, patience: Duration) -> Result<Upgr
     client.set_timeout(patience);
     match client.request(&Request::<NoRequests>::Upgrade(request)) {
         Ok(Reply::Checked(checked)) => Ok(Upgraded::Checked(checked)),
+        Ok(Reply::Error(failure)) if failure.code == FailureCode::Unknown => {
+            let Status { program, version, .. } = before;
+            Err(AskError::Older { program, version })
+        }
         Ok(Reply::Error(failure)) => Err(failure.into()),
         Ok(other) => Err(AskError::Unexpected(format!("{other:?}"))),
         Err(ClientError::Closed { .. }) => {

@@ -303,7 +303,7 @@ impl<A> Incumbent<A> {
 
     /// Ends an upgrade without success, if there is one: everything is as before, and whoever asked hears why.
     pub(super) fn fail_upgrade(&mut self, why: &str) {
-        let Some(running) = self.upgrade.take() else { return };
+        let Some(mut running) = self.upgrade.take() else { return };
         tracing::warn!(program = %running.launch.program.display(), reason = why, "upgrade failed");
         let frozen_at_ns = match &running.phase {
             Phase::Frozen { signal_mask, frozen_at_ns, .. } => {
@@ -327,6 +327,8 @@ impl<A> Incumbent<A> {
                 ..LastTakeover::default()
             });
         }
+        // Whoever hears of the failure finds nothing left of the child.
+        running.phase = Phase::Offer;
         let program = running.launch.program.display();
         let message = format!("{program} cannot take over, and the incumbent serves on: {why}");
         self.answer_upgrade(&running, &Reply::Error(Failure { code: FailureCode::RolledBack, message }));
