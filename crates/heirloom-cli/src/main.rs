@@ -125,3 +125,20 @@ fn main() -> Exit {
         failure.exit
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn examples_can_be_run() {
+        let commands = command();
+        let pages = commands.get_subcommands().map(|command| page_of(command.get_name()));
+        for (example, _) in pages.chain([&PAGE]).flat_map(|page| page.examples) {
+            // As far as the program sees it, not what the shell does.
+            let words = example.split_whitespace().take_while(|word| !word.starts_with(['|', '<', '>', '&']));
+            assert!(example.starts_with("heirloom "), "{example}");
+            command().try_get_matches_from(words).unwrap_or_else(|error| panic!("{example}: {error}"));
+        }
+    }
+}

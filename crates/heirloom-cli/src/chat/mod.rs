@@ -89,7 +89,6 @@ Stdin, stdout and stderr are each process's own and are not handed over.",
         ),
     ],
     see_also: &["heirloom-status(1)", "heirloom-quit(1)"],
-    ..Page::EMPTY
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

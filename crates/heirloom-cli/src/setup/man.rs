@@ -29,9 +29,10 @@ fn prepare(command: &clap::Command) -> clap::Command {
         if aliases.is_empty() {
             return option;
         }
+        let label = if aliases.len() == 1 { "alias" } else { "aliases" };
         let aliases: Vec<String> = aliases.iter().map(|alias| format!("--{alias}")).collect();
         let help = option.get_long_help().or(option.get_help()).map(ToString::to_string).unwrap_or_default();
-        option.help(format!("{help} [alias: {}]", aliases.join(", ")))
+        option.help(format!("{help} [{label}: {}]", aliases.join(", ")))
     })
 }
 

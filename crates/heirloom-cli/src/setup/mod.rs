@@ -5,6 +5,7 @@
 mod man;
 
 use std::env;
+use std::ffi::OsString;
 use std::fs::{self, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::ValueHint;
 use clap_complete::aot::{Bash, Fish, Generator, Zsh, generate};
+use rustix::process::geteuid;
 
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -70,7 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<Exit, Failure> {
     }
     let prefix = match &args.prefix {
         Some(prefix) => prefix.clone(),
-        None => default_prefix()?,
+        None => default_prefix(geteuid().is_root(), env::var_os("HOME"))?,
     };
     for document in documents()? {
         let path = prefix.join(document.path);
@@ -82,12 +84,12 @@ pub(crate) fn run(args: &Args) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// Where a program's own files go that no package manager looks after.
-fn default_prefix() -> anyhow::Result<PathBuf> {
-    if rustix::process::geteuid().is_root() {
+/// Where files go that no package manager looks after.
+fn default_prefix(is_root: bool, home: Option<OsString>) -> anyhow::Result<PathBuf> {
+    if is_root {
         return Ok("/usr/local".into());
     }
-    match env::var_os("HOME").map(PathBuf::from) {
+    match home.map(PathBuf::from) {
         Some(home) if home.is_absolute() => Ok(home.join(".local")),
         _ => Err(anyhow!("HOME is not the path of a directory: set it, or say where with --prefix")),
     }
@@ -168,4 +170,32 @@ fn shown() -> clap::Command {
         .groups(whole.get_groups().cloned())
         .subcommand_required(true)
         .subcommands(commands)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_installs_for_all_and_others_for_themselves() {
+        let prefix = |is_root, home: Option<&str>| default_prefix(is_root, home.map(OsString::from));
+        assert_eq!(prefix(true, Some("/root")).unwrap(), Path::new("/usr/local"));
+        assert_eq!(prefix(false, Some("/home/me")).unwrap(), Path::new("/home/me/.local"));
+        for home in [None, Some(""), Some("me")] {
+            assert!(prefix(false, home).unwrap_err().to_string().contains("--prefix"));
+        }
+    }
+
+    #[test]
+    fn what_is_shown_is_the_program_without_its_hidden_commands() {
+        let (whole, shown) = (crate::command(), shown());
+        let names = |command: &clap::Command| -> Vec<String> {
+            let visible = command.get_subcommands().filter(|command| !command.is_hide_set());
+            visible.map(|command| command.get_name().to_owned()).collect()
+        };
+        assert_eq!(names(&shown), names(&whole));
+        assert_eq!(shown.get_subcommands().count(), names(&whole).len());
+        assert_eq!(shown.get_about().map(ToString::to_string), whole.get_about().map(ToString::to_string));
+        shown.debug_assert();
+    }
 }
