@@ -79,6 +79,8 @@ fn page_of(command: &str) -> &'static Page {
         "chat" => &chat::PAGE,
         "ping" => &ask::PING_PAGE,
         "status" => &ask::STATUS_PAGE,
+        "inspect" => &inspect::PAGE,
+        "upgrade" => &upgrade::PAGE,
         "quit" => &ask::QUIT_PAGE,
         "demo" => &demo::PAGE,
         "setup" => &setup::PAGE,

@@ -132,7 +132,9 @@ fn every_option_and_argument_of_the_help_is_in_the_page_and_the_other_way_round(
         let in_page = man_section(&page, "OPTIONS");
 
         // A header in the help has less indentation than its text has.
-        let headers = in_help.iter().filter(|line| !line.starts_with("          ")).map(|line| line.trim());
+        let headers = in_help.iter().filter(|line| !line.starts_with("          "));
+        // The page says in its synopsis what can be repeated.
+        let headers = headers.map(|line| line.trim().trim_end_matches("..."));
         let headers: BTreeSet<&str> = headers.filter(|line| !line.is_empty()).collect();
         let tagged: Vec<&str> = man_terms(&in_page).into_iter().map(|(header, _)| header).collect();
         let tags = tagged.iter().map(|tag| tag.split(" [default").next().unwrap_or_default());

@@ -75,6 +75,11 @@ Stdin, stdout and stderr are each process's own and are not handed over.",
              second signal ends it at once.",
         ),
         (
+            "SIGUSR2",
+            "Upgrades the chat, as heirloom-upgrade(1) without options does. If that fails, the log says why, and the chat \
+             goes on.",
+        ),
+        (
             "SIGTTIN",
             "Stops a chat that reads the terminal in the background, as any process. Give it </dev/null there.",
         ),
@@ -88,7 +93,7 @@ Stdin, stdout and stderr are each process's own and are not handed over.",
             "Appends what a server sends to a file. The same command, started again, takes over without a gap in it.",
         ),
     ],
-    see_also: &["heirloom-status(1)", "heirloom-quit(1)"],
+    see_also: &["heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

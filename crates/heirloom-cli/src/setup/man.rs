@@ -2,6 +2,7 @@
 
 use std::io;
 
+use clap::ArgAction;
 use clap::builder::Resettable;
 use clap_mangen::Man;
 use roff::{Roff, bold, roman};
@@ -45,11 +46,13 @@ fn synopsis(command: &clap::Command) -> String {
             (Some(long), _) => Some(format!("--{long}")),
             (None, short) => short.map(|short| format!("-{short}")),
         };
+        let name = name.or_else(|| argument.is_last_set().then(|| "--".to_owned()));
         let takes_values = argument.get_num_args().is_some_and(|count| count.takes_values());
         let values = argument.get_value_names().filter(|_| takes_values).unwrap_or_default();
         let parts: Vec<&str> =
             name.as_deref().into_iter().chain(values.iter().map(|value| value.as_str())).collect();
-        let parts = parts.join(" ");
+        let several = argument.is_positional() && matches!(argument.get_action(), ArgAction::Append);
+        let parts = parts.join(" ") + if several { "..." } else { "" };
         usage += &if argument.is_required_set() { format!(" {parts}") } else { format!(" [{parts}]") };
     }
     if command.has_subcommands() {
