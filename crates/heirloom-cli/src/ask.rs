@@ -9,14 +9,57 @@ use clap::Args;
 use heirloom::NoRequests;
 use heirloom::control::{Client, ClientError, Reply, Request, Status};
 
-use crate::control::Target;
+use crate::control::{RUNTIME_DIRECTORY, SOCKET, Target};
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::page::Page;
 
 /// How long a process may take to end after it has said "Bye".
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
 /// How long a question is asked again when the process that heard it was just being replaced.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
+
+/// What the three have in common in `--help` and the man pages.
+const PAGE: Page = Page {
+    exits: &[Exit::Done, Exit::Failed, Exit::Usage, Exit::NobodyThere, Exit::Refused],
+    files: &[SOCKET],
+    environment: &[RUNTIME_DIRECTORY],
+    ..Page::EMPTY
+};
+
+/// What `--help` and the man page say of `heirloom ping` beyond its options.
+pub(crate) const PING_PAGE: Page = Page {
+    description: "\
+Asks the process at a control socket to answer, and prints Pong when it has. It is answered during a takeover, too. Without \
+an option, the chat with the default address is asked.",
+    examples: &[("heirloom ping --name mine", "Asks the process whose control socket is called mine.")],
+    see_also: &["heirloom-status(1)"],
+    ..PAGE
+};
+
+/// What `--help` and the man page say of `heirloom status` beyond its options.
+pub(crate) const STATUS_PAGE: Page = Page {
+    description: "\
+Asks the process at a control socket what it serves, and prints it as a table: its name, pid and version, how many times \
+the service was handed over (its generation), since when it serves, its items and counters, and how its last takeover \
+went. It is answered during a takeover, too. Without an option, the chat with the default address is asked.",
+    examples: &[(
+        "heirloom status --json | jq .generation",
+        "Prints how many times the service was handed over.",
+    )],
+    see_also: &["heirloom-chat(1)"],
+    ..PAGE
+};
+
+/// What `--help` and the man page say of `heirloom quit` beyond its options.
+pub(crate) const QUIT_PAGE: Page = Page {
+    description: "\
+Asks the process at a control socket to end, as SIGTERM does, and waits until it has ended, for 10 seconds at most. \
+Without an option, the chat with the default address is asked.",
+    examples: &[("heirloom quit --control /run/mine/chat.sock", "Ends the process at this control socket.")],
+    see_also: &["heirloom-chat(1)"],
+    ..PAGE
+};
 
 /// The options of `heirloom status`.
 #[derive(Args, Clone, Debug)]

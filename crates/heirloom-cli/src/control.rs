@@ -8,6 +8,26 @@ use heirloom::control::path::default_path;
 use crate::chat::DEFAULT_ADDRESS;
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::page::Item;
+
+/// The control socket, for the lists of files in `--help` and the man pages.
+pub(crate) const SOCKET: Item = (
+    "$XDG_RUNTIME_DIR/heirloom/NAME.sock",
+    "The control socket. Without --name, NAME is chat- and the address of the chat's server, for instance \
+     chat-127.0.0.1:31337. The process that ends without a successor removes it.",
+);
+/// The service lock beside it.
+pub(crate) const LOCK: Item = (
+    "$XDG_RUNTIME_DIR/heirloom/NAME.sock.lock",
+    "The service lock: the process that serves holds an flock(2) on it. It is beside the control socket, wherever that \
+     is, and is not to be removed.",
+);
+/// The variable that says where they are.
+pub(crate) const RUNTIME_DIRECTORY: Item = (
+    "XDG_RUNTIME_DIR",
+    "The control socket is in its directory heirloom, unless --control says where. Without an absolute path in it, \
+     that is /run/heirloom for root and /run/user/UID/heirloom for others.",
+);
 
 /// The options that say which control socket is meant.
 #[derive(Args, Clone, Debug, Default)]

@@ -1,4 +1,6 @@
 //! How the program ends: its exit codes, which scripts and supervisors may rely on.
+//!
+//! Code and meaning are written down here only: `--help` and the man pages take them from here.
 
 use std::process::{ExitCode, Termination};
 
@@ -21,9 +23,25 @@ pub(crate) enum Exit {
 }
 
 impl Exit {
+    /// All of them, in the order of their codes.
+    pub(crate) const ALL: &[Exit] =
+        &[Exit::Done, Exit::Failed, Exit::Usage, Exit::NobodyThere, Exit::Refused, Exit::RolledBack];
+
     /// The number that the parent process sees.
     pub(crate) fn code(self) -> u8 {
         self as u8
+    }
+
+    /// What it means, for people.
+    pub(crate) fn meaning(self) -> &'static str {
+        match self {
+            Exit::Done => "done, or replaced by a successor",
+            Exit::Failed => "failed; stderr says why",
+            Exit::Usage => "wrong usage",
+            Exit::NobodyThere => "nobody answers at the control socket",
+            Exit::Refused => "refused, or busy with another takeover",
+            Exit::RolledBack => "the takeover was rolled back; the incumbent still serves",
+        }
     }
 }
 
@@ -39,7 +57,14 @@ mod tests {
 
     #[test]
     fn codes_are_those_that_are_documented() {
-        let all = [Exit::Done, Exit::Failed, Exit::Usage, Exit::NobodyThere, Exit::Refused, Exit::RolledBack];
-        assert_eq!(all.map(Exit::code), [0, 1, 2, 3, 4, 5]);
+        let documentation = include_str!("../../../docs/chat.md");
+        let (_, table) =
+            documentation.split_once("| code | meaning |\n|---|---|\n").expect("a table of exit codes");
+        let documented: Vec<&str> = table.lines().take_while(|line| line.starts_with('|')).collect();
+        let ours: Vec<String> =
+            Exit::ALL.iter().map(|exit| format!("| {} | {} |", exit.code(), exit.meaning())).collect();
+        assert_eq!(documented, ours);
+        // A number that scripts rely on does not change, not even together with its documentation.
+        assert!(Exit::ALL.iter().map(|exit| exit.code()).eq(0..=5));
     }
 }

@@ -9,28 +9,27 @@ mod exit;
 mod failure;
 mod inspect;
 mod log;
+mod page;
+mod setup;
 mod signals;
 mod upgrade;
 
 use std::io::Write;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use exit::Exit;
+use page::Page;
 
 /// Hands live connections to the process that replaces this one.
 #[derive(Parser)]
-#[command(name = "heirloom", version, about, after_help = EXIT_CODES)]
+#[command(name = "heirloom", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
     #[command(flatten)]
     log: log::LogOptions,
 }
-
-const EXIT_CODES: &str = "\
-Exit codes: 0 done, or replaced by a successor; 1 failed; 2 wrong usage; 3 nobody answers at the control socket;
-4 refused, or busy with another takeover; 5 the takeover was rolled back and the incumbent still serves.";
 
 #[derive(Subcommand)]
 enum Command {
@@ -48,14 +47,58 @@ enum Command {
     Quit(control::Target),
     /// Show it all: a client that is replaced under load, and loses nothing
     Demo(demo::Args),
+    /// Install man pages, and completions for bash, zsh and fish
+    Setup(setup::Args),
     #[command(hide = true)]
     DemoServer(demo::server::Args),
     #[command(hide = true)]
     DemoSuccessor(demo::successor::Args),
 }
 
+/// What `heirloom --help` and the man page say beyond commands and options.
+const PAGE: Page = Page {
+    description: "\
+Hands a running program's live connections and state to the process that replaces it: on a restart, an upgrade, a new \
+configuration. The people on the other end of the connections notice nothing, and no byte is lost, repeated or reordered.
+
+The process that serves answers at its control socket. Its successor asks for everything there, and either the \
+successor serves it all or the other goes on as if nothing had happened.",
+    exits: Exit::ALL,
+    files: &[control::SOCKET, control::LOCK],
+    environment: &[control::RUNTIME_DIRECTORY],
+    examples: &[
+        ("heirloom demo", "Shows it all, with nothing else installed."),
+        ("heirloom setup", "Installs the man pages and completions."),
+    ],
+    ..Page::EMPTY
+};
+
+/// The page of a command.
+fn page_of(command: &str) -> &'static Page {
+    match command {
+        "chat" => &chat::PAGE,
+        "ping" => &ask::PING_PAGE,
+        "status" => &ask::STATUS_PAGE,
+        "inspect" => &inspect::PAGE,
+        "upgrade" => &upgrade::PAGE,
+        "quit" => &ask::QUIT_PAGE,
+        "demo" => &demo::PAGE,
+        "setup" => &setup::PAGE,
+        _ => &Page::EMPTY,
+    }
+}
+
+/// The command line, with its pages.
+fn command() -> clap::Command {
+    PAGE.attach(Cli::command()).mut_subcommands(|command| page_of(command.get_name()).attach(command))
+}
+
+fn parse() -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&command().try_get_matches()?).map_err(|error| error.format(&mut command()))
+}
+
 fn main() -> Exit {
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
         Err(answer) => {
             let _ = answer.print();
@@ -75,6 +118,7 @@ fn main() -> Exit {
         Command::Upgrade(args) => upgrade::run(args),
         Command::Quit(target) => ask::quit(&target),
         Command::Demo(args) => demo::run(&args),
+        Command::Setup(args) => setup::run(&args),
         Command::DemoServer(args) => demo::server::run(&args),
         Command::DemoSuccessor(args) => demo::successor::run(args),
     };
@@ -82,4 +126,21 @@ fn main() -> Exit {
         tracing::error!("{failure}");
         failure.exit
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn examples_can_be_run() {
+        let commands = command();
+        let pages = commands.get_subcommands().map(|command| page_of(command.get_name()));
+        for (example, _) in pages.chain([&PAGE]).flat_map(|page| page.examples) {
+            // As far as the program sees it, not what the shell does.
+            let words = example.split_whitespace().take_while(|word| !word.starts_with(['|', '<', '>', '&']));
+            assert!(example.starts_with("heirloom "), "{example}");
+            command().try_get_matches_from(words).unwrap_or_else(|error| panic!("{example}: {error}"));
+        }
+    }
 }

@@ -8,9 +8,10 @@ use heirloom::control::Status;
 use heirloom::upgrade::{Checked, Upgrade, Upgraded, ask};
 
 use crate::ask::print_line;
-use crate::control::Target;
+use crate::control::{RUNTIME_DIRECTORY, SOCKET, Target};
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::page::Page;
 
 /// The options of `heirloom upgrade`.
 #[derive(clap::Args, Clone, Debug)]
@@ -33,6 +34,30 @@ pub(crate) struct Args {
     #[arg(last = true, value_name = "ARGS")]
     arguments: Vec<String>,
 }
+
+/// What `--help` and the man page say beyond the options.
+pub(crate) const PAGE: Page = Page {
+    description: "\
+Asks the process at a control socket to be replaced by a new program, and prints which generation became which. The new \
+program is by default the file that the process was started from, as it is now, with the same arguments. Without an \
+option, the chat with the default address is asked.
+
+The process first starts the new program as a child, which finds out whether it could read all that would be handed over; \
+a dry run ends there. Then the new program takes over, or the process becomes the new program in place, by execve(2). \
+As long as the new program does not have everything, a failure leaves the process serving, and the status is 5.
+
+Only the user whose process it is and root may say which program it becomes, and with which arguments. An upgrade that \
+takes longer than --timeout goes on; the status is then 1.",
+    exits: Exit::ALL,
+    files: &[SOCKET],
+    environment: &[RUNTIME_DIRECTORY],
+    examples: &[
+        ("heirloom upgrade --dry-run", "Finds out whether the program as it is installed now could take over."),
+        ("heirloom upgrade --name mine --program ./heirloom", "Replaces the process whose control socket is called mine."),
+    ],
+    see_also: &["heirloom-chat(1)", "heirloom-inspect(1)", "heirloom-status(1)"],
+    ..Page::EMPTY
+};
 
 /// Asks, waits, and says what happened.
 pub(crate) fn run(args: Args) -> Result<Exit, Failure> {

@@ -21,9 +21,10 @@ use clap::ValueEnum;
 use heirloom::upgrade::Preflight;
 use heirloom::{Config, Incumbent, Replace, Service, Start};
 
-use crate::control::Target;
+use crate::control::{self, Target};
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::page::Page;
 use crate::signals::Signals;
 use client::{ChatRequest, Client};
 use pump::{Pump, PumpState};
@@ -50,6 +51,50 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = humantime::parse_duration)]
     linger: Duration,
 }
+
+/// What `--help` and the man page say beyond the options.
+pub(crate) const PAGE: Page = Page {
+    description: "\
+Connects to the TCP server at ADDR, copies what it sends to stdout, and sends it what comes from stdin. A chat that is \
+started with the same control socket takes the connection over, with all that was read and not yet passed on, and the \
+old one ends with status 0. The server notices nothing, and no byte is lost, repeated or reordered.
+
+The end of stdin is not the end: the chat goes on receiving. A connection that is lost is made anew, after 1, 8, 27 ... ms, \
+the cube of the number of failures in quick succession, and at most 500 ms; the 20th ends the chat with status 1.
+
+When nobody reads stdout any more, the chat stops reading and keeps the connection for a successor, which gets everything; if \
+none comes within the time of --linger, it ends with status 1. A stdout that fails in another way, for a full disk say, is tried \
+again every second.
+
+Stdin, stdout and stderr are each process's own and are not handed over.",
+    exits: Exit::ALL,
+    signals: &[
+        (
+            "SIGTERM, SIGINT, SIGHUP",
+            "The chat takes in nothing more, writes and sends what it has for at most a second, and ends with status 0. A \
+             second signal ends it at once.",
+        ),
+        (
+            "SIGUSR2",
+            "Upgrades the chat, as heirloom-upgrade(1) without options does. If that fails, the log says why, and the chat \
+             goes on.",
+        ),
+        (
+            "SIGTTIN",
+            "Stops a chat that reads the terminal in the background, as any process. Give it </dev/null there.",
+        ),
+    ],
+    files: &[control::SOCKET, control::LOCK],
+    environment: &[control::RUNTIME_DIRECTORY],
+    examples: &[
+        ("heirloom chat", "Joins the server at 127.0.0.1:31337. Started again in another terminal, takes the connection over."),
+        (
+            "heirloom chat 127.0.0.1:6667 --name log </dev/null >>log",
+            "Appends what a server sends to a file. The same command, started again, takes over without a gap in it.",
+        ),
+    ],
+    see_also: &["heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
+};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum ReplaceArg {

@@ -21,6 +21,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::ask::ask;
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::page::Page;
 use process::{Process, wait_until};
 use report::{Report, Tally};
 
@@ -40,6 +41,23 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1000))]
     replacements: u32,
 }
+
+/// What `--help` and the man page say beyond the options.
+pub(crate) const PAGE: Page = Page {
+    description: "\
+Starts a chat server, a client and a witness as processes. Numbered lines stream through, lines are typed, the client is \
+replaced again and again, and one successor is killed while it holds everything. The report counts what was lost, repeated, \
+misplaced or dropped; the status is 1 if anything was.",
+    exits: &[Exit::Done, Exit::Failed, Exit::Usage],
+    signals: &[("SIGTERM, SIGINT, SIGHUP", "Ends the demonstration and its processes, with status 1.")],
+    environment: &[(
+        "TMPDIR",
+        "Where the directory for the control sockets is made; otherwise in /tmp. It is removed at the end.",
+    )],
+    examples: &[("heirloom demo --replacements 100", "Replaces the client more often.")],
+    see_also: &["heirloom-chat(1)"],
+    ..Page::EMPTY
+};
 
 /// Runs the demonstration; code 1 if anything was lost.
 pub(crate) fn run(args: &Args) -> Result<Exit, Failure> {

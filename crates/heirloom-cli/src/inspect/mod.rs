@@ -16,9 +16,10 @@ use heirloom::{Limits, NoRequests};
 use serde_json::{Value, json};
 
 use crate::ask::print_line;
-use crate::control::Target;
+use crate::control::{RUNTIME_DIRECTORY, SOCKET, Target};
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::page::Page;
 
 /// How long to ask again when the process that heard the question was just being replaced.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
@@ -32,6 +33,20 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
 }
+
+/// What `--help` and the man page say beyond the options.
+pub(crate) const PAGE: Page = Page {
+    description: "\
+Asks the process at a control socket what it would hand over in a takeover, and prints it as a table: the service with its \
+generation and version, the state, and each item with its name, kind, id and state. Nothing is handed over, and the \
+process serves on. Without an option, the chat with the default address is asked.",
+    exits: &[Exit::Done, Exit::Failed, Exit::Usage, Exit::NobodyThere, Exit::Refused],
+    files: &[SOCKET],
+    environment: &[RUNTIME_DIRECTORY],
+    examples: &[("heirloom inspect --json | jq .manifest_bytes", "Prints how long the manifest is.")],
+    see_also: &["heirloom-status(1)", "heirloom-upgrade(1)"],
+    ..Page::EMPTY
+};
 
 /// Fetches the manifest and shows it.
 pub(crate) fn run(args: &Args) -> Result<Exit, Failure> {
