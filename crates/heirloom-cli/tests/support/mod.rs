@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod generations;
+pub(crate) mod guests;
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
