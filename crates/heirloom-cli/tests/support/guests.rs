@@ -94,11 +94,6 @@ impl Guest {
         Ok(Some(String::from_utf8(line).expect("UTF-8")))
     }
 
-    /// Whether a line has been read from the connection and waits here.
-    pub(crate) fn has_line(&self) -> bool {
-        self.socket.buffer().contains(&b'\n')
-    }
-
     /// Reads the next lines, and compares them.
     #[track_caller]
     pub(crate) fn hears(&mut self, lines: &[&str]) {
