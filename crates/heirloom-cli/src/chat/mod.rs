@@ -1,4 +1,4 @@
-//! The command `heirloom chat`: a TCP chat client that can be replaced while it runs.
+//! The command `heirloom chat`: a TCP chat client that can be replaced while it runs; with `--listen` a [server](listen).
 //!
 //! A new one that is started with the same control socket takes the connection over from the old one, with what the
 //! old one has read and not yet written, and the old one ends. The server notices nothing; the outputs of all of them,
@@ -8,6 +8,7 @@ mod buffer;
 mod bytes;
 mod client;
 mod connect;
+mod listen;
 mod older;
 mod pump;
 mod reconnect;
@@ -39,9 +40,15 @@ const SERVER: &str = "server";
 /// The options of `heirloom chat`.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Args {
-    /// The chat server's address
+    /// The chat server's address, HOST:PORT; with --listen where to be one (port 0: any that is free)
     #[arg(value_name = "ADDR", default_value = DEFAULT_ADDRESS)]
     address: String,
+    /// Be the chat server instead, for `heirloom chat`, ncat and the like
+    #[arg(long, conflicts_with = "linger")]
+    listen: bool,
+    /// With --listen: how much may be unsent to a client before it is cut off, in bytes, or with a suffix k or M
+    #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = listen::size::parse, requires = "listen")]
+    backlog: usize,
     #[command(flatten)]
     target: Target,
     /// Whether to take over from a chat that already runs there: never is an error if there is one, must if there is none
@@ -104,18 +111,27 @@ enum ReplaceArg {
     Must,
 }
 
+impl From<ReplaceArg> for Replace {
+    fn from(replace: ReplaceArg) -> Self {
+        match replace {
+            ReplaceArg::Never => Replace::Never,
+            ReplaceArg::Try => Replace::Try,
+            ReplaceArg::Must => Replace::Must,
+        }
+    }
+}
+
 /// Runs until the chat is replaced, stopped, or fails.
 pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
+    if args.listen {
+        return listen::run(&args);
+    }
     heirloom::descriptors::raise_limit().context("cannot raise the limit on open files")?;
     let signals = Signals::watch()?;
     let addresses = resolve(&args.address)?;
     let path = args.target.path("chat", &args.address)?;
     let service = service(&args.address);
-    let replace = match args.replace {
-        ReplaceArg::Never => Replace::Never,
-        ReplaceArg::Try => Replace::Try,
-        ReplaceArg::Must => Replace::Must,
-    };
+    let replace = args.replace.into();
     let (incumbent, state, socket) = loop {
         match heirloom::start::<ChatRequest>(&path, service.clone(), Config::default(), replace)? {
             Start::Fresh(incumbent) => {

@@ -48,6 +48,11 @@ impl Generations {
         self.all[self.all.len() - 2].stderr()
     }
 
+    /// What all of them have logged.
+    pub(crate) fn logs(&self) -> String {
+        self.all.iter().map(Process::stderr).collect()
+    }
+
     /// How much all of them together have written to stdout so far.
     pub(crate) fn written(&self) -> usize {
         self.all.iter().map(Process::stdout_len).sum()

@@ -1,0 +1,271 @@
+//! A chat server that is replaced over and over while everybody talks, and some come and go: nobody's line is lost,
+//! repeated, in disorder or torn, for anybody.
+
+mod support;
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use heirloom::control::LastTakeover;
+use rustix::process::Signal;
+use support::ears::*;
+use support::generations::Generations;
+use support::guests::*;
+use support::*;
+
+/// How often the server is replaced.
+const REPLACEMENTS: u64 = 12;
+/// How many talk all the time.
+const TALKERS: usize = 50;
+/// Every so many of them sends each byte by itself.
+const STUTTERS: usize = 10;
+/// How many lines a talker says ahead of the others, who have to be heard.
+const AHEAD: u64 = 4;
+/// How many lines are said to one who does not read: more than the kernel keeps for it (tcp_wmem is 4 MiB at most by
+/// default).
+const UNHEARD: u64 = 120_000;
+/// How many are there before a replacement, and leave in it.
+const LEAVERS: usize = 4;
+/// How many come in a replacement at a time.
+const COMERS: usize = 2;
+
+#[test]
+fn everybody_hears_everything() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let options = ["--backlog", "256M"];
+    let (first, address) = serve(&control, &options);
+    let mut generations = Generations::new(first, &control);
+
+    // These two do not read until the end. One of them talks: a line across each replacement.
+    let deaf = Guest::join_narrow(address);
+    let mut hesitant = Guest::join(address);
+    let unheard: String = (0..UNHEARD).map(numbered).collect();
+    hesitant.say(&unheard);
+    wait_for("the server to read it", || status(&control).counters["bytes_in"] == unheard.len() as u64);
+    let talkers: Vec<Guest> = (0..TALKERS).map(|_| Guest::join(address)).collect();
+    let names: Vec<String> = talkers.iter().map(|guest| guest.name.clone()).collect();
+    let talk = Talk::start(talkers, &names);
+
+    let mut visitors = Vec::new();
+    let mut least_carried = u64::MAX;
+    for round in 0..REPLACEMENTS {
+        talk.wait_for_progress();
+        let mut bytes = numbered(UNHEARD + round).into_bytes().into_iter();
+        bytes.by_ref().take(5).for_each(|byte| hesitant.say([byte]));
+        let traffic = Traffic::start(address);
+        let hesitating = std::thread::spawn(move || {
+            for byte in bytes.by_ref().take(20) {
+                hesitant.say([byte]);
+                std::thread::yield_now();
+            }
+            (hesitant, bytes)
+        });
+        let last = replace(&mut generations, &control, &options);
+        least_carried = least_carried.min(last.bytes);
+        let bytes;
+        (hesitant, bytes) = hesitating.join().expect("the server reads");
+        bytes.for_each(|byte| hesitant.say([byte]));
+        visitors.extend(traffic.finish());
+    }
+    talk.wait_for_progress();
+    hesitant.say(last(UNHEARD + REPLACEMENTS));
+
+    // How many lines each has said, and what each has heard.
+    let mut said = HashMap::from([(hesitant.name.clone(), UNHEARD + REPLACEMENTS + 1)]);
+    let mut ears = HashMap::new();
+    for talker in talk.finish() {
+        said.insert(talker.guest.name.clone(), talker.said);
+        ears.insert(talker.guest.name, talker.ear);
+    }
+    ears.insert(deaf.name.clone(), listen_to_the_end(deaf, said.keys()));
+    ears.insert(hesitant.name.clone(), listen_to_the_end(hesitant, names.iter()));
+    assert!(visitors.len() as u64 >= REPLACEMENTS * (LEAVERS + COMERS) as u64);
+    said.extend(visitors.iter().map(|name| (name.clone(), 1)));
+    let (came, left) = (&ears[&names[0]].came, &ears[&names[0]].left);
+    for (listener, ear) in &ears {
+        for (name, &said) in said.iter().filter(|(name, _)| *name != listener) {
+            assert_eq!(ear.count(name), said, "of {name} {listener} has heard another number of lines");
+        }
+        // Everybody hears of all who come and go, in the same order.
+        assert_eq!(ear.left.len(), visitors.len());
+        assert_eq!(&ear.left, left);
+        // Those who came before anybody talked are not heard by each other.
+        assert_eq!(ear.came[ear.came.len() - visitors.len()..], came[came.len() - visitors.len()..]);
+    }
+    let counters = status(&control).counters;
+    assert_eq!(counters["lines_in"], said.values().sum::<u64>(), "they are counted over all generations");
+    assert!(
+        least_carried > 1_000_000,
+        "only {least_carried} bytes were carried over once, so this shows little"
+    );
+    generations.current().signal(Signal::TERM);
+    generations.current().wait_for_code(0);
+    let complaints = generations.logs();
+    assert!(!complaints.contains("WARN") && !complaints.contains("ERROR"), "{complaints}");
+}
+
+/// Replaces the server by another process.
+fn replace(generations: &mut Generations, control: &Path, options: &[&str]) -> LastTakeover {
+    generations.replace(Process::start(&mut listening("127.0.0.1:0", control, options)))
+}
+
+/// Everybody who talks all the time.
+struct Talk {
+    stop: Arc<AtomicBool>,
+    /// How many lines the first one has said.
+    progress: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<Talker>>,
+}
+
+impl Talk {
+    fn start(guests: Vec<Guest>, names: &[String]) -> Talk {
+        let (stop, progress): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
+        let talker = |(number, guest): (usize, Guest)| {
+            let mut talker = Talker {
+                ear: Ear::from_the_start(
+                    // Of those who came later it hears that they came.
+                    &names[..number],
+                ),
+                stutters: number % STUTTERS == 0,
+                said: 0,
+                heard: Vec::new(),
+                others: names.iter().filter(|name| **name != guest.name).cloned().collect(),
+                guest,
+            };
+            let (stop, progress) =
+                (stop.clone(), if number == 1 { progress.clone() } else { Arc::default() });
+            std::thread::spawn(move || {
+                talker.talk(&stop, &progress);
+                talker
+            })
+        };
+        let threads = guests.into_iter().enumerate().map(talker).collect();
+        Talk { stop, progress, threads }
+    }
+
+    /// Waits until everybody has said some more.
+    fn wait_for_progress(&self) {
+        let before = self.progress.load(Ordering::Relaxed);
+        wait_for("the talk to go on", || {
+            assert!(!self.threads.iter().any(JoinHandle::is_finished), "somebody has stopped talking");
+            self.progress.load(Ordering::Relaxed) >= before + 2 * AHEAD
+        });
+    }
+
+    /// Lets everybody come to an end.
+    fn finish(self) -> Vec<Talker> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.threads.into_iter().map(|thread| thread.join().expect("everything is heard")).collect()
+    }
+}
+
+struct Talker {
+    guest: Guest,
+    ear: Ear,
+    stutters: bool,
+    said: u64,
+    /// By the number of a line, how many of the others have said it.
+    heard: Vec<usize>,
+    others: HashSet<String>,
+}
+
+impl Talker {
+    /// Talks until it is to stop, and listens until all others have stopped.
+    fn talk(&mut self, stop: &AtomicBool, progress: &AtomicU64) {
+        let (mut ended, mut others_ended) = (false, 0);
+        while !ended || others_ended < self.others.len() {
+            while !ended && (stop.load(Ordering::Relaxed) || self.is_its_turn()) {
+                ended = stop.load(Ordering::Relaxed);
+                let line = if ended { last(self.said) } else { numbered(self.said) };
+                if self.stutters {
+                    line.bytes().for_each(|byte| self.guest.say([byte]));
+                } else {
+                    self.guest.say(line);
+                }
+                self.said += 1;
+                progress.store(self.said, Ordering::Relaxed);
+            }
+            if others_ended == self.others.len() {
+                continue;
+            }
+            let line = self.guest.line();
+            if let Some(heard) = self.ear.hear(&line) {
+                // Visitors and the like count for nothing.
+                let number = heard.number as usize;
+                self.heard.resize(self.heard.len().max(number + 1), 0);
+                let is_talker = self.others.contains(&heard.who);
+                self.heard[number] += usize::from(is_talker);
+                others_ended += usize::from(is_talker && heard.is_last);
+            }
+        }
+    }
+
+    /// Whether all others have been heard, up to a few lines.
+    fn is_its_turn(&self) -> bool {
+        match self.said.checked_sub(AHEAD) {
+            None => true,
+            Some(number) => self.heard.get(number as usize) == Some(&self.others.len()),
+        }
+    }
+}
+
+/// Reads what one hears who has not read until now: the last lines of these have to be in it.
+fn listen_to_the_end<'n>(mut guest: Guest, to: impl Iterator<Item = &'n String>) -> Ear {
+    let (mut ear, mut to): (_, HashSet<&String>) = (Ear::default(), to.collect());
+    while !to.is_empty() {
+        if let Some(heard) = ear.hear(&guest.line())
+            && heard.is_last
+        {
+            to.remove(&heard.who);
+        }
+    }
+    ear
+}
+
+/// Those who come and go while the server is replaced.
+struct Traffic {
+    done: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<Vec<String>>>,
+}
+
+impl Traffic {
+    fn start(address: SocketAddr) -> Traffic {
+        let done: Arc<AtomicBool> = Arc::default();
+        let leavers: Vec<Guest> = (0..LEAVERS).map(|_| Guest::join(address)).collect();
+        let leaving = std::thread::spawn(move || leavers.into_iter().map(leave).collect());
+        let coming = (0..COMERS).map(|_| {
+            let done = done.clone();
+            std::thread::spawn(move || {
+                let mut names = vec![leave(Guest::join(address))];
+                while !done.load(Ordering::Relaxed) {
+                    names.push(leave(Guest::join(address)));
+                }
+                names
+            })
+        });
+        let threads = coming.chain([leaving]).collect();
+        Traffic { done, threads }
+    }
+
+    /// Lets nobody come any more; the names of all who came.
+    fn finish(self) -> Vec<String> {
+        self.done.store(true, Ordering::Relaxed);
+        self.threads.into_iter().flat_map(|thread| thread.join().expect("everything is heard")).collect()
+    }
+}
+
+/// Says one line, and leaves, having heard everything until then.
+fn leave(mut guest: Guest) -> String {
+    guest.say(numbered(0));
+    guest.shutdown();
+    let mut ear = Ear::default();
+    while let Some(line) = guest.try_line().expect("a clean end") {
+        ear.hear(&line);
+    }
+    guest.name
+}
