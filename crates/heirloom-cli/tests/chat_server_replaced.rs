@@ -17,8 +17,8 @@ use support::generations::Generations;
 use support::guests::*;
 use support::*;
 
-/// How often the server is replaced.
-const REPLACEMENTS: u64 = 12;
+/// How often the server is replaced, by takeover and in place in turn.
+const REPLACEMENTS: u64 = 50;
 /// How many talk all the time.
 const TALKERS: usize = 50;
 /// Every so many of them sends each byte by itself.
@@ -65,7 +65,7 @@ fn everybody_hears_everything() {
             }
             (hesitant, bytes)
         });
-        let last = replace(&mut generations, &control, &options);
+        let last = replace(&mut generations, round, &control, &options);
         least_carried = least_carried.min(last.bytes);
         let bytes;
         (hesitant, bytes) = hesitating.join().expect("the server reads");
@@ -109,8 +109,11 @@ fn everybody_hears_everything() {
     assert!(!complaints.contains("WARN") && !complaints.contains("ERROR"), "{complaints}");
 }
 
-/// Replaces the server by another process.
-fn replace(generations: &mut Generations, control: &Path, options: &[&str]) -> LastTakeover {
+/// Replaces the server by another process, or by another program in the same one.
+fn replace(generations: &mut Generations, round: u64, control: &Path, options: &[&str]) -> LastTakeover {
+    if round % 2 == 1 {
+        return generations.upgrade_in_place();
+    }
     generations.replace(Process::start(&mut listening("127.0.0.1:0", control, options)))
 }
 

@@ -349,7 +349,8 @@ fn bash_completes_commands_and_options() {
     for command in commands() {
         assert!(complete(&["heirloom", ""]).contains(&command));
         let help = help(&command);
-        let options = section(&help, "Options").into_iter().filter_map(|line| line.split("--").nth(1));
+        let options = section(&help, "Options").into_iter().filter(|line| line.trim_start().starts_with('-'));
+        let options = options.filter_map(|line| line.split("--").nth(1));
         let offered = complete(&["heirloom", &command, "--"]);
         for option in options.filter(|option| option.starts_with(char::is_alphabetic)) {
             let option = format!("--{}", option.split([' ', ']']).next().unwrap_or_default());

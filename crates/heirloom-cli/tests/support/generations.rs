@@ -10,18 +10,20 @@ use std::thread::JoinHandle;
 use heirloom::control::LastTakeover;
 use rustix::io::ioctl_fionread;
 
-use super::{Process, status, wait_for, wait_for_generation};
+use super::{Process, heirloom, status, wait_for, wait_for_generation};
 
 /// The generations of a chat, the last of which serves.
 pub(crate) struct Generations {
     control: PathBuf,
     all: Vec<Process>,
+    /// How many generations were other programs in the same process.
+    in_place: u64,
 }
 
 impl Generations {
     /// Begins with a chat that serves at this control socket, or is about to.
     pub(crate) fn new(first: Process, control: &Path) -> Self {
-        Generations { control: control.into(), all: vec![first] }
+        Generations { control: control.into(), all: vec![first], in_place: 0 }
     }
 
     /// The one that serves.
@@ -34,7 +36,20 @@ impl Generations {
     pub(crate) fn replace(&mut self, successor: Process) -> LastTakeover {
         self.current().wait_for_code(0);
         self.all.push(successor);
-        let generation = self.all.len() as u64 - 1;
+        self.handed_over()
+    }
+
+    /// Has the one that serves upgraded in place. Returns what it says of that afterwards.
+    pub(crate) fn upgrade_in_place(&mut self) -> LastTakeover {
+        let mut upgrade = heirloom();
+        upgrade.args(["upgrade", "--in-place", "--control"]).arg(&self.control);
+        Process::start(&mut upgrade).wait_for_code(0);
+        self.in_place += 1;
+        self.handed_over()
+    }
+
+    fn handed_over(&mut self) -> LastTakeover {
+        let generation = self.all.len() as u64 - 1 + self.in_place;
         wait_for_generation(&self.control, generation);
         let status = status(&self.control);
         assert_eq!((status.generation, status.pid), (generation, self.current().id()));
