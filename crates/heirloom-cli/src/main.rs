@@ -50,8 +50,6 @@ enum Command {
     /// Install man pages, and completions for bash, zsh and fish
     Setup(setup::Args),
     #[command(hide = true)]
-    DemoServer(demo::server::Args),
-    #[command(hide = true)]
     DemoSuccessor(demo::successor::Args),
 }
 
@@ -119,7 +117,6 @@ fn main() -> Exit {
         Command::Quit(target) => ask::quit(&target),
         Command::Demo(args) => demo::run(&args),
         Command::Setup(args) => setup::run(&args),
-        Command::DemoServer(args) => demo::server::run(&args),
         Command::DemoSuccessor(args) => demo::successor::run(args),
     };
     result.unwrap_or_else(|failure| {

@@ -18,7 +18,11 @@ const ROUNDS: usize = 20;
 /// A successor that has everything, with the incumbent frozen, and waits.
 fn freeze(control: &Path, address: &str) -> Process {
     let mut command = heirloom();
-    command.arg("demo-successor").arg("--control").arg(control).arg(address);
+    command
+        .arg("demo-successor")
+        .arg("--control")
+        .arg(control)
+        .args(["--service", &format!("chat {address}")]);
     let successor = Process::start(&mut command);
     wait_for("the freeze", || successor.stdout() == b"frozen\n");
     successor

@@ -158,7 +158,7 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
 }
 
 /// What the chat client with a server at this address is called at the control socket.
-pub(crate) fn service(address: &str) -> Service {
+fn service(address: &str) -> Service {
     Service::new(format!("chat {address}")).program("heirloom", env!("CARGO_PKG_VERSION"))
 }
 

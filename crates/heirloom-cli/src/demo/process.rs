@@ -1,8 +1,9 @@
 //! The demonstration's processes: this same program, with its output collected as it comes.
 
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -26,33 +27,47 @@ pub(super) struct Process {
 #[derive(Default)]
 struct Output {
     bytes: Vec<u8>,
-    lines: u64,
     ended: bool,
 }
 
 impl Process {
-    /// Starts this program with these arguments.
-    pub(super) fn start(arguments: &[&str]) -> anyhow::Result<Process> {
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
-        let mut child = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start a process of the demonstration")?;
+    /// Starts a build of this program with these arguments.
+    pub(super) fn start(program: &Path, arguments: &[&str]) -> anyhow::Result<Process> {
+        Process::start_counting(program, arguments, Arc::default())
+    }
+
+    /// Like [`Process::start`]; the lines on its stdout are counted as they come.
+    pub(super) fn start_counting(
+        program: &Path,
+        arguments: &[&str],
+        lines: Arc<AtomicU64>,
+    ) -> anyhow::Result<Process> {
+        let mut child = spawn(program, arguments, Stdio::piped(), Stdio::inherit())?;
+        let stdout = child.stdout.take().context("the child's stdout is a pipe")?;
+        Ok(Process::collecting(child, stdout, lines))
+    }
+
+    /// Like [`Process::start`], for one whose log is to be read instead of its stdout.
+    pub(super) fn start_logging(program: &Path, arguments: &[&str]) -> anyhow::Result<Process> {
+        let mut child = spawn(program, arguments, Stdio::null(), Stdio::piped())?;
+        let stderr = child.stderr.take().context("the child's stderr is a pipe")?;
+        Ok(Process::collecting(child, stderr, Arc::default()))
+    }
+
+    fn collecting(mut child: Child, mut from: impl Read + Send + 'static, lines: Arc<AtomicU64>) -> Process {
         let output: Arc<Mutex<Output>> = Arc::default();
         let into = output.clone();
-        let mut stdout = child.stdout.take().context("the child's stdout is a pipe")?;
         let reader = std::thread::spawn(move || {
             let mut buffer = vec![0; 64 * 1024];
-            while let Ok(n @ 1..) = stdout.read(&mut buffer) {
+            while let Ok(n @ 1..) = from.read(&mut buffer) {
                 let mut output = into.lock().unwrap_or_else(PoisonError::into_inner);
                 output.bytes.extend_from_slice(&buffer[..n]);
-                output.lines += buffer[..n].iter().filter(|&&byte| byte == b'\n').count() as u64;
+                let ends = buffer[..n].iter().filter(|&&byte| byte == b'\n').count();
+                lines.fetch_add(ends as u64, Ordering::SeqCst);
             }
             into.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
         });
-        Ok(Process { stdin: child.stdin.take(), child, output, reader: Some(reader), heard: 0 })
+        Process { stdin: child.stdin.take(), child, output, reader: Some(reader), heard: 0 }
     }
 
     /// Waits for the next line, which has to begin with `prefix`, and returns the rest; a JSON object whole.
@@ -82,8 +97,14 @@ impl Process {
         stdin.write_all(bytes).context("a process of the demonstration does not read its stdin")
     }
 
-    pub(super) fn close_stdin(&mut self) {
-        self.stdin = None;
+    /// Its stdin, for somebody else to write to.
+    pub(super) fn take_stdin(&mut self) -> Option<ChildStdin> {
+        self.stdin.take()
+    }
+
+    /// Whether it has ended, or was replaced.
+    pub(super) fn has_ended(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     pub(super) fn kill(&mut self) -> anyhow::Result<()> {
@@ -107,12 +128,9 @@ impl Process {
         self.output.lock().unwrap_or_else(PoisonError::into_inner).bytes.clone()
     }
 
-    pub(super) fn bytes(&self) -> usize {
-        self.output.lock().unwrap_or_else(PoisonError::into_inner).bytes.len()
-    }
-
-    pub(super) fn lines(&self) -> u64 {
-        self.output.lock().unwrap_or_else(PoisonError::into_inner).lines
+    /// Its output as text.
+    pub(super) fn log(&self) -> String {
+        String::from_utf8_lossy(&self.output()).into_owned()
     }
 }
 
@@ -121,6 +139,16 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn spawn(program: &Path, arguments: &[&str], stdout: Stdio, stderr: Stdio) -> anyhow::Result<Child> {
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(stdout)
+        .stderr(stderr)
+        .spawn()
+        .with_context(|| format!("cannot start {}", program.display()))
 }
 
 /// Set by Ctrl-C and its like.

@@ -5,9 +5,8 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::anyhow;
-use heirloom::{Config, NoRequests, Replace, Start};
+use heirloom::{Config, NoRequests, Replace, Service, Start};
 
-use crate::chat;
 use crate::exit::Exit;
 use crate::failure::Failure;
 
@@ -17,16 +16,17 @@ pub(crate) struct Args {
     /// The incumbent's control socket
     #[arg(long)]
     control: PathBuf,
-    /// The incumbent's server
-    address: String,
+    /// The service that it is to take over
+    #[arg(long)]
+    service: String,
 }
 
 /// Says `frozen` when the incumbent is, and waits.
 pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
-    let service = chat::service(&args.address);
+    let service = Service::new(args.service);
     let started = heirloom::start::<NoRequests>(&args.control, service, Config::default(), Replace::Must)?;
     let Start::Successor(successor) = started else {
-        return Err(anyhow!("the demonstration's client speaks an older protocol").into());
+        return Err(anyhow!("the incumbent speaks an older protocol").into());
     };
     let complete = successor.receive()?.ready()?;
     writeln!(std::io::stdout(), "frozen")?;
