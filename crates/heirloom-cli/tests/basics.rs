@@ -85,7 +85,11 @@ fn a_demonstration_that_is_interrupted_cleans_up() {
     let scratch = Scratch::new();
     let directory = scratch.path("tmp");
     std::fs::create_dir(&directory).expect("mkdir");
-    let mut demo = Process::start(heirloom().args(["demo", "--rounds", "1000"]).env("TMPDIR", &directory));
+    let mut demo = Process::start(
+        heirloom()
+            .args(["demo", "--rounds", "1000", "--other", env!("CARGO_BIN_EXE_heirloom")])
+            .env("TMPDIR", &directory),
+    );
     wait_for("a replacement", || demo.stderr().contains("replacement 2"));
     demo.signal(rustix::process::Signal::INT);
     demo.wait_for_code(1);
