@@ -230,6 +230,28 @@ fn a_stop_sends_what_is_unsent() {
     assert!(!control.exists(), "nobody is there any more");
 }
 
+/// What the kernel has taken, and the client has not read, is lost if the server closes with something unread.
+#[test]
+fn a_stop_loses_nothing_for_who_is_talking() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (mut server, address) = serve(&control, &[]);
+    let (mut talker, mut slow) = (Guest::join(address), Guest::join_narrow(address));
+    let said = lines(0..10_000);
+    talker.say(&said);
+    wait_for("everything to be sent", || {
+        status(&control).counters.get("lines_in") == Some(&10_000)
+            && status(&control).counters["bytes_out"] > said.len() as u64
+    });
+    server.signal(Signal::STOP);
+    slow.say(vec![b'x'; 200_000]);
+    server.signal(Signal::TERM);
+    server.signal(Signal::CONT);
+    server.wait_for_code(0);
+    let heard = slow.rest().expect("a clean end");
+    assert_eq!(heard.iter().filter(|&&byte| byte == b'\n').count(), 10_000);
+}
+
 #[test]
 fn a_stop_does_not_wait_for_who_does_not_read() {
     let scratch = Scratch::new();

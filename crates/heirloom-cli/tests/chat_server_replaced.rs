@@ -4,7 +4,7 @@
 mod support;
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -107,6 +107,83 @@ fn everybody_hears_everything() {
     generations.current().wait_for_code(0);
     let complaints = generations.logs();
     assert!(!complaints.contains("WARN") && !complaints.contains("ERROR"), "{complaints}");
+}
+
+/// It has nothing more to say and is still to hear something: that does not begin anew with each process.
+#[test]
+fn who_is_leaving_goes_on_leaving() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let options = ["--backlog", "256M"];
+    let (first, address) = serve(&control, &options);
+    let mut generations = Generations::new(first, &control);
+    let (mut talker, mut leaver) = (Guest::join(address), Guest::join_narrow(address));
+    talker.hears(&[&format!("<announce> 127.0.0.1 is connected as <{}>.", leaver.name)]);
+    let unheard: String = (0..UNHEARD).map(numbered).collect();
+    talker.say(&unheard);
+    wait_for("the server to read it", || status(&control).counters["bytes_in"] == unheard.len() as u64);
+    leaver.shutdown();
+    talker.hears(&[&format!("<announce> <{}> is disconnected.", leaver.name)]);
+    for round in 0..4 {
+        replace(&mut generations, round, &control, &options);
+        talker.say(b"what it does not hear any more\n");
+        // It is one of those who are handed over, and nobody is told anything again.
+        assert!(status(&control).items.iter().any(|item| item.name == leaver.name));
+    }
+    let mut other = Guest::join(address);
+    talker.hears(&[&format!("<announce> 127.0.0.1 is connected as <{}>.", other.name)]);
+    talker.say(b"bye\n");
+    other.hears(&[&format!("<{}> bye", talker.name)]);
+    let mut ear = Ear::default();
+    while let Some(line) = leaver.try_line().expect("a clean end") {
+        ear.hear(&line);
+    }
+    assert_eq!(ear.count(&talker.name), UNHEARD);
+}
+
+/// The successor has what was offered and is stopped, the server lets somebody in, the successor goes on: who came
+/// meanwhile is handed over in the freeze, and was not registered ahead.
+#[test]
+fn who_comes_between_offer_and_freeze_is_served() {
+    /// How often that has to happen. The successor is not always stopped at the right moment.
+    const TIMES: usize = 3;
+    /// How many are there, so that an offer takes a while.
+    const CROWD: usize = 150;
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let (mut server, address) = serve(&control, &[]);
+    let mut listener = Guest::join(address);
+    let _crowd: Vec<Guest> = (0..CROWD).map(|_| Guest::join(address)).collect();
+    let mut guests = Vec::new();
+    let mut times = 0;
+    while times < TIMES {
+        let mut successor = Process::start(&mut listening("127.0.0.1:0", &control, &[]));
+        wait_for("the takeover to begin", || {
+            try_status(&control).is_some_and(|status| status.takeover_running || status.pid == successor.id())
+        });
+        successor.signal(Signal::STOP);
+        let socket = TcpStream::connect(address).expect("the kernel queues it");
+        wait_for("a greeting, or the end of the server", || is_greeted(&socket) || !server.is_running());
+        let in_time = is_greeted(&socket);
+        successor.signal(Signal::CONT);
+        wait_for("the end of the takeover", || !server.is_running() || !successor.is_running());
+        if !server.is_running() {
+            server.wait_for_code(0);
+            server = successor;
+            times += usize::from(in_time);
+        }
+        guests.push(Guest::greeted(socket));
+        for guest in &mut guests {
+            guest.say(b"here\n");
+            let said = format!("<{}> here", guest.name);
+            while listener.line() != said {}
+        }
+    }
+}
+
+/// Whether the server has said something to a client.
+fn is_greeted(socket: &TcpStream) -> bool {
+    rustix::io::ioctl_fionread(socket).expect("a socket can tell") > 0
 }
 
 /// Replaces the server by another process, or by another program in the same one.

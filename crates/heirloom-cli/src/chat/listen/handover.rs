@@ -41,7 +41,7 @@ struct ClientState {
 
 /// The limits of a server's manifest, in which everything must have room that may be unsent.
 pub(super) fn limits() -> Limits {
-    Limits { item_state_bytes: LARGEST + (16 << 20), manifest_bytes: 2 << 30, ..Limits::default() }
+    Limits { item_state_bytes: LARGEST + (16 << 20), manifest_bytes: 1 << 30, ..Limits::default() }
 }
 
 /// Everything as it is now.
