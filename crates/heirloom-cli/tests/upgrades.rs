@@ -15,7 +15,7 @@ use rustix::process::Signal;
 use stream::Stream;
 use support::builds::*;
 use support::generations::{Sender, accept, assert_same, listen, read_all};
-use support::proc::{program, settled_footprint, wait_for_footprint};
+use support::proc::{program, settled_footprint, signal, wait_for_footprint};
 use support::upgrading::*;
 use support::*;
 
@@ -90,8 +90,7 @@ impl Serving {
     /// Upgrades by SIGUSR2.
     fn upgrades_by_signal(&mut self) -> Status {
         let before = self.status();
-        let pid = rustix::process::Pid::from_raw(before.pid.cast_signed()).expect("a pid");
-        rustix::process::kill_process(pid, Signal::USR2).expect("kill");
+        signal(before.pid, Signal::USR2);
         wait_for_generation(&self.control, before.generation + 1);
         let now = self.status();
         self.has_become(Place::Beside, &before, &now);

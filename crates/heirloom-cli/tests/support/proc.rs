@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::wait_for;
 
@@ -30,8 +30,13 @@ impl Footprint {
         Footprint { descriptors: descriptors(pid), signals, children: children(pid) }
     }
 
+    /// How many descriptors it has.
     pub(crate) fn descriptors(&self) -> usize {
         self.descriptors.len()
+    }
+
+    pub(crate) fn signals(&self) -> &[String] {
+        &self.signals
     }
 
     /// Fails unless a program that it becomes would get nothing but the standard streams, and it has no children.
@@ -79,6 +84,16 @@ pub(crate) fn children(pid: u32) -> String {
     read(pid, &format!("task/{pid}/children"))
 }
 
+/// The only child of a process, once it is there.
+pub(crate) fn only_child(pid: u32) -> u32 {
+    let mut child = None;
+    wait_for("a child", || {
+        child = children(pid).split_whitespace().next().and_then(|pid| pid.parse().ok());
+        child.is_some()
+    });
+    child.expect("waited for")
+}
+
 /// The environment with which the program that the process runs was started.
 pub(crate) fn environment(pid: u32) -> Vec<String> {
     read(pid, "environ").split_terminator('\0').map(str::to_owned).collect()
@@ -87,6 +102,12 @@ pub(crate) fn environment(pid: u32) -> Vec<String> {
 /// The file of the program that the process runs.
 pub(crate) fn program(pid: u32) -> PathBuf {
     fs::read_link(format!("/proc/{pid}/exe")).expect("it is there")
+}
+
+/// Sends a signal to a process that is there for sure: a child that has not been waited for, or one that serves.
+pub(crate) fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid.cast_signed()).expect("a pid");
+    kill_process(pid, signal).expect("kill");
 }
 
 /// How long it has run on a processor, in nanoseconds.
@@ -104,7 +125,7 @@ pub(crate) fn kill_one_that_serves(control: &std::path::Path, pid: u32) {
     let names_it =
         command.split(|&byte| byte == 0).any(|argument| argument == control.as_os_str().as_encoded_bytes());
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw).filter(|_| names_it) {
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let _ = kill_process(pid, Signal::KILL);
     }
 }
 
