@@ -4,7 +4,6 @@
 mod support;
 
 use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::process::Command;
 
 use rustix::net::sockopt::set_socket_recv_buffer_size;
@@ -141,11 +140,4 @@ fn connections_to(address: &str) -> Vec<Connection> {
         }
     };
     String::from_utf8_lossy(&output.stdout).lines().map(connection).collect()
-}
-
-/// No generation has made a connection of its own.
-fn nobody_else_came(listener: TcpListener) {
-    listener.set_nonblocking(true).expect("fcntl");
-    let error = listener.accept().expect_err("somebody else connected");
-    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
 }

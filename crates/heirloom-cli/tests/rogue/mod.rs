@@ -19,8 +19,6 @@ use heirloom::channel::{Channel, Incoming, SendError};
 use heirloom::descriptors::{Wait, send_with};
 use rustix::event::{PollFd, PollFlags, poll};
 
-pub(crate) use crowd::DESCRIPTORS as CROWD;
-
 use crate::support::{Process, wait_for};
 
 const ROLE: &str = "HEIRLOOM_TEST_ROGUE";
@@ -28,6 +26,9 @@ const CONTROL: &str = "HEIRLOOM_TEST_CONTROL";
 const SERVER: &str = "HEIRLOOM_TEST_SERVER";
 const POINT: &str = "HEIRLOOM_TEST_POINT";
 const ACT: &str = "HEIRLOOM_TEST_ACT";
+
+/// How many descriptors a crowded incumbent has.
+pub(crate) const CROWD: usize = crowd::DESCRIPTORS;
 
 /// The exit code of a rogue that was told that the takeover is over.
 pub(crate) const GAVE_UP: i32 = 5;

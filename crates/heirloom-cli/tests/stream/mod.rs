@@ -55,14 +55,25 @@ impl Stream {
     /// Ends the stream. The outputs of the processes, one after the other, are then all of it from byte `from` on.
     #[track_caller]
     pub(crate) fn ends_exact(&mut self, from: usize, processes: &[&Process]) {
+        let written = || processes.iter().map(|process| process.stdout_len()).sum();
+        self.ends_exact_on(from, written, || processes.iter().flat_map(|process| process.stdout()).collect());
+    }
+
+    /// Ends the stream. When so much of it has come, what was found is all of it from byte `from` on.
+    #[track_caller]
+    pub(crate) fn ends_exact_on(
+        &mut self,
+        from: usize,
+        written: impl Fn() -> usize,
+        found: impl Fn() -> Vec<u8>,
+    ) {
         self.stop.store(true, Ordering::SeqCst);
         let lines = self.sender.take().expect("ends once").join().expect("no panic");
         let lines = lines.expect("the connection was lost");
         let expected: Vec<u8> = (0..lines).flat_map(line).collect();
         let expected = &expected[from..];
-        let written = || processes.iter().map(|process| process.stdout_len()).sum::<usize>();
         wait_for("the end of the stream", || written() >= expected.len());
-        let found: Vec<u8> = processes.iter().flat_map(|process| process.stdout()).collect();
+        let found = found();
         if let Some(at) = expected.iter().zip(&found).position(|(expected, found)| expected != found) {
             let end = |bytes: &[u8]| {
                 String::from_utf8_lossy(&bytes[at.saturating_sub(20)..bytes.len().min(at + 80)]).into_owned()

@@ -183,3 +183,10 @@ pub(crate) fn listen() -> (TcpListener, String) {
 pub(crate) fn accept(listener: &TcpListener) -> TcpStream {
     listener.accept().expect("a client").0
 }
+
+/// Fails if any generation has made a connection of its own.
+pub(crate) fn nobody_else_came(listener: TcpListener) {
+    listener.set_nonblocking(true).expect("fcntl");
+    let error = listener.accept().expect_err("somebody else connected");
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+}

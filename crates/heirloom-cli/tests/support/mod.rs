@@ -1,9 +1,12 @@
 //! What the tests of the program share: processes that are captured and never left behind, and waiting for conditions.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod builds;
 pub(crate) mod ears;
 pub(crate) mod generations;
 pub(crate) mod guests;
+pub(crate) mod proc;
+pub(crate) mod upgrading;
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -147,18 +150,23 @@ impl Process {
 
     /// Waits until it has ended and its output is read to the end.
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        let give_up = Instant::now() + LONG;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().expect("wait") {
-                break status;
-            }
-            assert!(Instant::now() < give_up, "it does not end; stderr:\n{}", self.stderr());
-            std::thread::sleep(Duration::from_millis(2));
-        };
+        let status = self.wait_for_exit();
         for reader in self.readers.drain(..) {
             reader.join().expect("a reader panicked");
         }
         status
+    }
+
+    /// Waits until it has ended. A process that it has started may write to its stdout and stderr still.
+    pub(crate) fn wait_for_exit(&mut self) -> ExitStatus {
+        let give_up = Instant::now() + LONG;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("wait") {
+                return status;
+            }
+            assert!(Instant::now() < give_up, "it does not end; stderr:\n{}", self.stderr());
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Waits until it has ended, and fails unless it ended with this code.

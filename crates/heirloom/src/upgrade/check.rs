@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::fs::fstat;
 use rustix::io::{Errno, ioctl_fionbio, read};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -46,12 +47,9 @@ pub(crate) enum Finding {
 impl Check {
     /// Starts the program with the manifest as its stdin. `crc` is the manifest's checksum.
     pub(crate) fn start(launch: &Launch, manifest: OwnedFd, crc: u32, limit: Duration) -> io::Result<Check> {
-        let mut child = launch
-            .command(Role::Preflight { incumbent: std::process::id() })
-            .stdin(manifest)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
+        let role = Role::Preflight { incumbent: std::process::id(), manifest: fstat(&manifest)?.st_ino };
+        let mut child =
+            launch.command(role).stdin(manifest).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let watched = || -> io::Result<(OwnedFd, Option<OwnedFd>, Option<OwnedFd>)> {
             let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
             let answers = child.stdout.take().map(OwnedFd::from);

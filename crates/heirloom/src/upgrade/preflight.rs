@@ -9,7 +9,7 @@ use rustix::io::{retry_on_intr, write};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::role::Role;
+use super::role::{Role, parent};
 use crate::bundle::BundleError;
 use crate::codec::{Cbor, Codec};
 use crate::config::Config;
@@ -60,7 +60,13 @@ impl Preflight {
         service: &Service,
         config: &Config,
     ) -> Result<Option<Preflight>, PreflightError> {
-        let Some(Role::Preflight { .. }) = Role::of_this_process() else { return Ok(None) };
+        let Some(Role::Preflight { incumbent, .. }) = Role::of_this_process() else { return Ok(None) };
+        if parent() != Some(incumbent) {
+            // Whoever reads the answer, if anybody does, is to hear it.
+            let error = PreflightError::NoChild { incumbent };
+            let _ = answer(&Verdict::Refused { reason: error.to_string() });
+            return Err(error);
+        }
         let preflight = Preflight::read(path, service, config);
         if let Err(error) = &preflight {
             answer(&Verdict::Refused { reason: error.to_string() }).map_err(PreflightError::Answer)?;
@@ -143,6 +149,14 @@ impl Preflight {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PreflightError {
+    /// The parent of this process is not the incumbent that asks.
+    #[error(
+        "it is no child of the incumbent that asks (pid {incumbent}), which has ended; or a script is between them: let it start the program with exec"
+    )]
+    NoChild {
+        /// The incumbent.
+        incumbent: u32,
+    },
     /// The manifest cannot be read.
     #[error("cannot read the incumbent's manifest: {0}")]
     Manifest(#[from] ManifestError),

@@ -6,14 +6,16 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 
+use rustix::fs::fstat;
+
 /// The variable's name.
 pub(crate) const VARIABLE: &str = "HEIRLOOM_UPGRADE";
 
 /// What an upgrade means this process to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// To look at the manifest on stdin and answer: a child of the incumbent.
-    Preflight { incumbent: u32 },
+    /// To look at the manifest on stdin, which has this inode, and answer: a child of the incumbent.
+    Preflight { incumbent: u32, manifest: u64 },
     /// To take over: a child of the incumbent.
     Successor { incumbent: u32 },
     /// The incumbent itself as another program; the manifest is in this descriptor.
@@ -24,9 +26,13 @@ impl Role {
     /// The role of this process, if it has one.
     pub(crate) fn of_this_process() -> Option<Role> {
         let role = Role::parse(&std::env::var_os(VARIABLE)?)?;
-        let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
         let meant = match role {
-            Role::Preflight { incumbent } | Role::Successor { incumbent } => parent == Some(incumbent),
+            // By what it was given, and not by its parent: one that has lost its parent must not take itself for a program
+            // that was started by hand, and serve with a manifest for its stdin.
+            Role::Preflight { manifest, .. } => {
+                fstat(rustix::stdio::stdin()).is_ok_and(|stdin| stdin.st_ino == manifest)
+            }
+            Role::Successor { incumbent } => parent() == Some(incumbent),
             Role::InPlace { incumbent, .. } => std::process::id() == incumbent,
         };
         meant.then_some(role)
@@ -36,7 +42,7 @@ impl Role {
         let mut parts = value.to_str()?.split(':');
         let (role, pid) = (parts.next()?, parts.next()?.parse().ok()?);
         let role = match role {
-            "preflight" => Role::Preflight { incumbent: pid },
+            "preflight" => Role::Preflight { incumbent: pid, manifest: parts.next()?.parse().ok()? },
             "successor" => Role::Successor { incumbent: pid },
             "in-place" => Role::InPlace { incumbent: pid, manifest: parts.next()?.parse().ok()? },
             _ => return None,
@@ -48,11 +54,16 @@ impl Role {
 impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Role::Preflight { incumbent } => write!(f, "preflight:{incumbent}"),
+            Role::Preflight { incumbent, manifest } => write!(f, "preflight:{incumbent}:{manifest}"),
             Role::Successor { incumbent } => write!(f, "successor:{incumbent}"),
             Role::InPlace { incumbent, manifest } => write!(f, "in-place:{incumbent}:{manifest}"),
         }
     }
+}
+
+/// The parent of this process, where it can be seen from here.
+pub(crate) fn parent() -> Option<u32> {
+    rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs())
 }
 
 /// Whether a variable is left out of a started program's environment: what was meant for this process alone, ours and
@@ -75,14 +86,14 @@ mod tests {
     #[test]
     fn roles_travel_as_text() {
         for role in [
-            Role::Preflight { incumbent: 1 },
+            Role::Preflight { incumbent: 1, manifest: u64::MAX },
             Role::Successor { incumbent: 4_000_000 },
             Role::InPlace { incumbent: 1, manifest: 19_999 },
         ] {
             assert_eq!(Role::parse(role.to_string().as_ref()), Some(role));
         }
         for nonsense in
-            ["", "preflight", "preflight:", "preflight:x", "in-place:1", "successor:1:2", "king:1"]
+            ["", "preflight", "preflight:1", "preflight:x:1", "in-place:1", "successor:1:2", "king:1"]
         {
             assert_eq!(Role::parse(nonsense.as_ref()), None, "{nonsense}");
         }

@@ -1,0 +1,152 @@
+//! What the kernel tells of a process (`proc(5)`): its descriptors, signals and children.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::wait_for;
+
+/// What a process holds and how it takes signals: the same before an upgrade and after one that has failed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Footprint {
+    /// What each descriptor leads to, and whether it is close-on-exec.
+    descriptors: BTreeMap<u32, (PathBuf, bool)>,
+    /// Waiting, blocked, ignored and handled signals.
+    signals: Vec<String>,
+    children: String,
+}
+
+impl Footprint {
+    /// Of a process that is there.
+    pub(crate) fn of(pid: u32) -> Footprint {
+        let status = read(pid, "status");
+        let signals = status.lines().filter(|line| line.starts_with("Sig") || line.starts_with("ShdPnd"));
+        // What counts all waiting signals of the user's is nobody's own.
+        let signals = signals.filter(|line| !line.starts_with("SigQ")).map(str::to_owned).collect();
+        Footprint { descriptors: descriptors(pid), signals, children: children(pid) }
+    }
+
+    /// How many descriptors it has.
+    pub(crate) fn descriptors(&self) -> usize {
+        self.descriptors.len()
+    }
+
+    pub(crate) fn signals(&self) -> &[String] {
+        &self.signals
+    }
+
+    /// Fails unless a program that it becomes would get nothing but the standard streams, and it has no children.
+    #[track_caller]
+    pub(crate) fn assert_tidy(&self) {
+        // What the tests were started with is inherited by everybody.
+        let inherited = descriptors(std::process::id());
+        let stray: Vec<_> = self
+            .descriptors
+            .iter()
+            .filter(|(number, (_, cloexec))| **number > 2 && !cloexec && !inherited.contains_key(number))
+            .collect();
+        assert!(stray.is_empty(), "not close-on-exec: {stray:?}");
+        assert_eq!(self.children, "", "it has children");
+    }
+}
+
+/// Waits until a process has this footprint, again.
+#[track_caller]
+pub(crate) fn wait_for_footprint(what: &str, pid: u32, expected: &Footprint) {
+    let mut last = Footprint::default();
+    let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        wait_for(what, || {
+            last = Footprint::of(pid);
+            last == *expected
+        });
+    }));
+    assert!(waited.is_ok(), "{what}: {last:#?}\nis not\n{expected:#?}");
+}
+
+/// What a process has when nobody talks to it.
+pub(crate) fn settled_footprint(pid: u32) -> Footprint {
+    let mut last = Footprint::of(pid);
+    wait_for("nobody to talk to it", || {
+        let before = std::mem::replace(&mut last, Footprint::of(pid));
+        thread::sleep(Duration::from_millis(20));
+        before == last && last == Footprint::of(pid)
+    });
+    last.assert_tidy();
+    last
+}
+
+/// The pids of a process's children, as the kernel writes them.
+pub(crate) fn children(pid: u32) -> String {
+    read(pid, &format!("task/{pid}/children"))
+}
+
+/// The only child of a process, once it is there.
+pub(crate) fn only_child(pid: u32) -> u32 {
+    let mut child = None;
+    wait_for("a child", || {
+        child = children(pid).split_whitespace().next().and_then(|pid| pid.parse().ok());
+        child.is_some()
+    });
+    child.expect("waited for")
+}
+
+/// The environment with which the program that the process runs was started.
+pub(crate) fn environment(pid: u32) -> Vec<String> {
+    read(pid, "environ").split_terminator('\0').map(str::to_owned).collect()
+}
+
+/// The file of the program that the process runs.
+pub(crate) fn program(pid: u32) -> PathBuf {
+    fs::read_link(format!("/proc/{pid}/exe")).expect("it is there")
+}
+
+/// Sends a signal to a process that is there for sure: a child that has not been waited for, or one that serves.
+pub(crate) fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid.cast_signed()).expect("a pid");
+    kill_process(pid, signal).expect("kill");
+}
+
+/// How long it has run on a processor, in nanoseconds.
+pub(crate) fn time_running(pid: u32) -> u64 {
+    let stat = read(pid, "schedstat");
+    stat.split_whitespace()
+        .next()
+        .and_then(|first| first.parse().ok())
+        .expect("schedstat begins with a number")
+}
+
+/// Ends a process, by SIGKILL, if it is one that serves at this control path.
+pub(crate) fn kill_one_that_serves(control: &std::path::Path, pid: u32) {
+    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let names_it =
+        command.split(|&byte| byte == 0).any(|argument| argument == control.as_os_str().as_encoded_bytes());
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw).filter(|_| names_it) {
+        let _ = kill_process(pid, Signal::KILL);
+    }
+}
+
+fn descriptors(pid: u32) -> BTreeMap<u32, (PathBuf, bool)> {
+    const O_CLOEXEC: u32 = 0o2000000;
+    let mut descriptors = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors") {
+        let entry = entry.expect("an entry");
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // It may be closed by now.
+        let Ok(leads_to) = fs::read_link(entry.path()) else { continue };
+        let Ok(info) = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")) else { continue };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).expect("flags");
+        let flags = u32::from_str_radix(flags.trim(), 8).expect("octal");
+        descriptors.insert(number, (leads_to, flags & O_CLOEXEC != 0));
+    }
+    descriptors
+}
+
+fn read(pid: u32, file: &str) -> String {
+    let path = format!("/proc/{pid}/{file}");
+    let bytes = fs::read(&path).unwrap_or_else(|error| panic!("cannot read {path}: {error}"));
+    String::from_utf8_lossy(&bytes).into_owned()
+}
