@@ -112,6 +112,7 @@ fn everybody_hears_everything() {
 /// It has nothing more to say and is still to hear something: that does not begin anew with each process.
 #[test]
 fn who_is_leaving_goes_on_leaving() {
+    const ROUNDS: u64 = 4;
     let scratch = Scratch::new();
     let control = scratch.path("chat.sock");
     let options = ["--backlog", "256M"];
@@ -124,12 +125,13 @@ fn who_is_leaving_goes_on_leaving() {
     wait_for("the server to read it", || status(&control).counters["bytes_in"] == unheard.len() as u64);
     leaver.shutdown();
     talker.hears(&[&format!("<announce> <{}> is disconnected.", leaver.name)]);
-    for round in 0..4 {
+    for round in 0..ROUNDS {
         replace(&mut generations, round, &control, &options);
         talker.say(b"what it does not hear any more\n");
         // It is one of those who are handed over, and nobody is told anything again.
         assert!(status(&control).items.iter().any(|item| item.name == leaver.name));
     }
+    wait_for("the server to read it", || status(&control).counters["lines_in"] == UNHEARD + ROUNDS);
     let mut other = Guest::join(address);
     talker.hears(&[&format!("<announce> 127.0.0.1 is connected as <{}>.", other.name)]);
     talker.say(b"bye\n");

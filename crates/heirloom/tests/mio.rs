@@ -85,6 +85,17 @@ mod echo {
             self.socket.set_nonblocking(false).unwrap();
         }
 
+        /// Sends and receives until it is told to stop, and then once more: after the last takeover.
+        fn keep_busy(mut self, stop: &AtomicBool, trips: &AtomicU64) {
+            let mut last = false;
+            while !last {
+                last = stop.load(Ordering::SeqCst);
+                self.round_trip(1 + (self.sent * 7919 % 6000) as usize);
+                trips.fetch_add(1, Ordering::Relaxed);
+            }
+            self.finish();
+        }
+
         /// Sends nothing more, reads to the end, and checks that nothing is missing.
         fn finish(mut self) {
             self.socket.shutdown(Shutdown::Write).unwrap();
@@ -114,20 +125,10 @@ mod echo {
         let (stop, trips) = (AtomicBool::new(false), AtomicU64::new(0));
         thread::scope(|scope| {
             for seed in STUFFED..STUFFED + BUSY {
-                let mut client = Client::connect(address, seed);
+                let client = Client::connect(address, seed);
                 let (stop, trips) = (&stop, &trips);
                 let thread = thread::Builder::new().stack_size(128 * 1024);
-                let busy = move || {
-                    let mut last = false;
-                    while !last {
-                        // The last trip begins after the last takeover.
-                        last = stop.load(Ordering::SeqCst);
-                        client.round_trip(1 + (client.sent * 7919 % 6000) as usize);
-                        trips.fetch_add(1, Ordering::Relaxed);
-                    }
-                    client.finish();
-                };
-                thread.spawn_scoped(scope, busy).unwrap();
+                thread.spawn_scoped(scope, move || client.keep_busy(stop, trips)).unwrap();
             }
             for generation in 1..=10 {
                 let before = trips.load(Ordering::Relaxed);
@@ -155,17 +156,9 @@ mod echo {
         let (stop, trips) = (AtomicBool::new(false), AtomicU64::new(0));
         thread::scope(|scope| {
             for seed in 0..BUSY {
-                let mut client = Client::connect(address, seed);
+                let client = Client::connect(address, seed);
                 let (stop, trips) = (&stop, &trips);
-                scope.spawn(move || {
-                    let mut last = false;
-                    while !last {
-                        last = stop.load(Ordering::SeqCst);
-                        client.round_trip(1 + (client.sent * 7919 % 6000) as usize);
-                        trips.fetch_add(1, Ordering::Relaxed);
-                    }
-                    client.finish();
-                });
+                scope.spawn(move || client.keep_busy(stop, trips));
             }
             for generation in 1..=12 {
                 let before = trips.load(Ordering::Relaxed);
