@@ -39,6 +39,7 @@ pub mod codec;
 pub mod config;
 pub mod control;
 pub mod descriptors;
+pub mod incumbent;
 pub mod item;
 pub mod kind;
 pub mod limits;
@@ -48,6 +49,7 @@ pub mod peer;
 pub mod protocol;
 pub mod runtime;
 pub mod service;
+mod start;
 pub mod transport;
 pub mod upgrade;
 
@@ -55,11 +57,13 @@ pub use bundle::{Bundle, BundleError, Taken as TakenItem};
 pub use codec::{Cbor, Codec, CodecError};
 pub use config::Config;
 pub use control::request::{NoRequests, VersionRange};
+pub use incumbent::{
+    Asked, Batch, ConnectionId, Freeze, HandoverError, Incumbent, Offer, Outcome, TakenBy, Turn,
+};
 pub use item::{CONTROL_NAME, Entry, Item, ItemId, RESERVED_PREFIX, Typed};
 pub use kind::Kind;
 pub use limits::Limits;
 pub use service::Service;
-pub use transport::socket::{
-    Asked, Batch, Complete, ConnectionId, Freeze, HandoverError, Incumbent, Offer, Offered, OlderIncumbent,
-    Outcome, Replace, Start, StartError, Successor, Taken, TakenBy, TakeoverError, Turn, start,
-};
+pub use start::{Replace, Start, StartError, start};
+pub use transport::OlderIncumbent;
+pub use transport::socket::{Complete, Offered, Successor, Taken, TakeoverError};

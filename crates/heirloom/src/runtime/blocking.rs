@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use crate::transport::socket::Incumbent;
+use crate::incumbent::Incumbent;
 
 /// Waits until one of these descriptors is ready, as poll(2) does, or the incumbent wants its turn.
 ///

@@ -12,7 +12,7 @@ use mio::event::Source;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
-use crate::transport::socket::Incumbent;
+use crate::incumbent::Incumbent;
 
 /// Readable when [`Incumbent::turn`] has something to do.
 ///

@@ -14,12 +14,13 @@ use crate::bundle::{Bundle, BundleError};
 use crate::clock;
 use crate::config::Config;
 use crate::control::status::LastTakeover;
+use crate::incumbent::Incumbent;
 use crate::item::ItemId;
 use crate::lock::{LockError, LockFile, lock_path};
 use crate::manifest::{Base, ManifestError, ServiceRecord, read_sealed};
 use crate::peer::Peer;
 use crate::service::Service;
-use crate::transport::socket::{Incumbent, Taken};
+use crate::transport::socket::Taken;
 use crate::upgrade::Role;
 
 /// Why a program that took its predecessor's place cannot serve. Nobody else does either.

@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::de::DeserializeOwned;
 
-use super::Incumbent;
 use crate::bundle::{Bundle, BundleError};
 use crate::channel::{Channel, Incoming, SendError};
 use crate::clock;
@@ -24,6 +23,7 @@ use crate::config::Config;
 use crate::control::path::relisten;
 use crate::control::request::Welcome;
 use crate::control::status::LastTakeover;
+use crate::incumbent::Incumbent;
 use crate::item::{Entry, ItemId};
 use crate::lock::{Holding, LockFile};
 use crate::manifest::{Base, Delta, Header, ServiceRecord, read_sealed};
@@ -116,7 +116,7 @@ enum Stop {
 }
 
 impl Successor {
-    pub(super) fn new(
+    pub(crate) fn new(
         channel: Channel,
         incumbent: Peer,
         welcome: Welcome,

@@ -14,49 +14,49 @@ use crate::protocol::{self, IncumbentAction, ToIncumbent, ToSuccessor};
 /// How soon a packet that the kernel had no room for is tried again.
 const RETRY: Duration = Duration::from_millis(1);
 
-pub(super) struct Takeover {
-    pub(super) machine: protocol::Incumbent,
-    pub(super) channel: Channel,
-    pub(super) successor: Peer,
-    pub(super) hello: Hello,
-    pub(super) started: Instant,
-    pub(super) offered: Option<Offered>,
-    pub(super) frozen_at_ns: Option<u64>,
+pub(crate) struct Takeover {
+    pub(crate) machine: protocol::Incumbent,
+    pub(crate) channel: Channel,
+    pub(crate) successor: Peer,
+    pub(crate) hello: Hello,
+    pub(crate) started: Instant,
+    pub(crate) offered: Option<Offered>,
+    pub(crate) frozen_at_ns: Option<u64>,
     /// The sealed delta, from the freeze until it is sent.
-    pub(super) delta: Option<OwnedFd>,
-    pub(super) items: u64,
-    pub(super) bytes: u64,
+    pub(crate) delta: Option<OwnedFd>,
+    pub(crate) items: u64,
+    pub(crate) bytes: u64,
     /// What only the application can do next.
-    pub(super) want: Option<Want>,
+    pub(crate) want: Option<Want>,
     /// A packet for which there was no room, and when to try it again.
     blocked: Option<(ToSuccessor, Instant)>,
-    pub(super) channel_closed: bool,
+    pub(crate) channel_closed: bool,
 }
 
 /// The base manifest as it was sent.
-pub(super) struct Offered {
-    pub(super) base: Base,
-    pub(super) crc: u32,
-    pub(super) memfd: OwnedFd,
+pub(crate) struct Offered {
+    pub(crate) base: Base,
+    pub(crate) crc: u32,
+    pub(crate) memfd: OwnedFd,
 }
 
 /// What the application is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Want {
+pub(crate) enum Want {
     Offer,
     Batch(Vec<ItemId>),
     Freeze,
 }
 
 /// What the incumbent itself has to do for the machine.
-pub(super) enum Task {
+pub(crate) enum Task {
     Unlock,
     Relock,
     End(protocol::IncumbentOutcome),
 }
 
 impl Takeover {
-    pub(super) fn new(machine: protocol::Incumbent, channel: Channel, successor: Peer, hello: Hello) -> Self {
+    pub(crate) fn new(machine: protocol::Incumbent, channel: Channel, successor: Peer, hello: Hello) -> Self {
         Takeover {
             machine,
             channel,
@@ -75,7 +75,7 @@ impl Takeover {
     }
 
     /// Carries out what the machine asks, until it waits for something, the application, or the incumbent.
-    pub(super) fn run(&mut self, now: Instant) -> Option<Task> {
+    pub(crate) fn run(&mut self, now: Instant) -> Option<Task> {
         loop {
             if self.machine.is_ending() {
                 self.want = None;
@@ -118,7 +118,7 @@ impl Takeover {
     }
 
     /// Sends a batch of descriptors; those that have ended meanwhile are left out.
-    pub(super) fn send_batch<'d>(
+    pub(crate) fn send_batch<'d>(
         &mut self,
         now: Instant,
         ids: Vec<ItemId>,
@@ -138,7 +138,7 @@ impl Takeover {
     }
 
     /// Feeds everything that has arrived to the machine.
-    pub(super) fn receive_all(&mut self, now: Instant) {
+    pub(crate) fn receive_all(&mut self, now: Instant) {
         while !self.channel_closed {
             match self.channel.receive() {
                 Ok(Incoming::Empty) => return,
@@ -160,7 +160,7 @@ impl Takeover {
         }
     }
 
-    pub(super) fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         let blocked = self.blocked.as_ref().map(|(_, when)| *when);
         [self.machine.deadline(), blocked].into_iter().flatten().min()
     }

@@ -8,10 +8,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
+use super::Incumbent;
 use super::asked::Asked;
 use super::connection::{ConnectionId, failure};
-use super::incumbent::Incumbent;
-use super::takeover::{Offered, Want};
 use crate::bundle::Bundle;
 use crate::clock;
 use crate::control::request::{FailureCode, ManifestSummary, NoRequests, Reply};
@@ -19,6 +18,7 @@ use crate::item::{CONTROL_NAME, Entry, ItemId};
 use crate::kind::Kind;
 use crate::manifest::{Base, Delta, ManifestError, ServiceRecord, seal};
 use crate::protocol::Reason;
+use crate::transport::socket::takeover::{Offered, Want};
 
 /// What the program has to do next.
 ///

@@ -11,14 +11,14 @@ use std::time::Instant;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::Incumbent;
-use super::start::{StartError, serve_fresh};
 use crate::config::Config;
 use crate::control::client::{Client, ClientError};
 use crate::control::request::Request;
+use crate::incumbent::Incumbent;
 use crate::lock::{LockError, LockFile, lock_path};
 use crate::manifest::ServiceRecord;
 use crate::service::Service;
+use crate::start::{StartError, serve_fresh};
 
 /// An incumbent that speaks protocol 0, and is still serving.
 ///
@@ -50,7 +50,7 @@ enum Older {
 }
 
 impl OlderIncumbent {
-    pub(super) fn new(client: Client, path: &Path, service: Service, config: Config) -> Self {
+    pub(crate) fn new(client: Client, path: &Path, service: Service, config: Config) -> Self {
         OlderIncumbent { client, path: path.into(), service, config }
     }
 

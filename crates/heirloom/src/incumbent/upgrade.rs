@@ -10,9 +10,8 @@ use heirloom_sys::SignalMask;
 use rustix::event::epoll;
 use rustix::process::geteuid;
 
+use super::Incumbent;
 use super::connection::ConnectionId;
-use super::incumbent::Incumbent;
-use super::takeover::Offered;
 use super::turn::{HandoverError, Outcome};
 use crate::clock;
 use crate::control::request::{Failure, FailureCode, Reply};
@@ -22,6 +21,7 @@ use crate::manifest::{Base, Delta, seal};
 use crate::peer::Peer;
 use crate::protocol::{Cause, Reason, Step};
 use crate::transport::exec;
+use crate::transport::socket::takeover::Offered;
 use crate::upgrade::{Check, Checked, Finding, Launch, StartedSuccessor, Upgrade, path_section};
 
 pub(super) const CHECK: u64 = 3;

@@ -8,6 +8,12 @@
 //! Nothing that a client of the control socket does can hold up the program, except the one takeover that it has
 //! agreed to.
 
+mod admission;
+mod asked;
+mod connection;
+mod turn;
+mod upgrade;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
@@ -19,11 +25,6 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll;
 use serde::de::DeserializeOwned;
 
-use super::asked::Asked;
-use super::connection::{Connection, ConnectionId, failure};
-use super::takeover::{Takeover, Task, Want};
-use super::turn::{Audience, Batch, Freeze, Offer, Outcome, TakenBy, Turn};
-use super::upgrade::{CHECK, Running, STARTED};
 use crate::clock;
 use crate::config::Config;
 use crate::control::request::{FailureCode, NoRequests, Reply, Request, RequestError};
@@ -36,7 +37,15 @@ use crate::manifest::ServiceRecord;
 use crate::peer::Peer;
 use crate::protocol::{self, IncumbentOutcome};
 use crate::service::Service;
+use crate::transport::socket::takeover::{Takeover, Task, Want};
 use crate::upgrade::Launch;
+use connection::{Connection, failure};
+use turn::Audience;
+use upgrade::{CHECK, Running, STARTED};
+
+pub use asked::Asked;
+pub use connection::ConnectionId;
+pub use turn::{Batch, Freeze, HandoverError, Offer, Outcome, TakenBy, Turn};
 
 /// How many rounds of events one turn handles at most, so that the control socket cannot starve the service.
 const ROUNDS: usize = 16;
@@ -45,8 +54,8 @@ const ROUNDS: usize = 16;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 const LISTENER: u64 = 0;
-pub(super) const CHANNEL: u64 = 1;
-pub(super) const SUCCESSOR: u64 = 2;
+const CHANNEL: u64 = 1;
+const SUCCESSOR: u64 = 2;
 const FIRST_CONNECTION: u64 = 16;
 
 /// The process that serves. `A` is the application's own requests; see [`Request`].
@@ -80,32 +89,32 @@ const FIRST_CONNECTION: u64 = 16;
 /// # Ok(()) }
 /// ```
 pub struct Incumbent<A = NoRequests> {
-    pub(super) epoll: OwnedFd,
-    pub(super) listener: UnixListener,
+    epoll: OwnedFd,
+    listener: UnixListener,
     path: PathBuf,
-    pub(super) lock: Holding,
-    pub(super) service: Service,
-    pub(super) config: Config,
-    pub(super) record: ServiceRecord,
+    lock: Holding,
+    service: Service,
+    config: Config,
+    record: ServiceRecord,
     serving_since_ms: u64,
-    pub(super) items: Vec<ItemStatus>,
-    pub(super) connections: BTreeMap<ConnectionId, Connection>,
+    items: Vec<ItemStatus>,
+    connections: BTreeMap<ConnectionId, Connection>,
     next_connection: u64,
-    pub(super) takeover: Option<Box<Takeover>>,
-    pub(super) launch: Launch,
-    pub(super) upgrade: Option<Box<Running>>,
+    takeover: Option<Box<Takeover>>,
+    launch: Launch,
+    upgrade: Option<Box<Running>>,
     /// Who wants to see the manifest.
     inspectors: Vec<ConnectionId>,
-    pub(super) last_takeover: Option<LastTakeover>,
-    pub(super) ended: Option<Outcome>,
+    last_takeover: Option<LastTakeover>,
+    ended: Option<Outcome>,
     notices: VecDeque<Notice<A>>,
     /// Connections that got a reply late: more lines of theirs may be waiting.
-    pub(super) replied: Vec<ConnectionId>,
+    replied: Vec<ConnectionId>,
     /// When to accept again after that has failed.
     listen_again: Option<Instant>,
     /// Reads a line as a request of ours or of the application.
     parse: fn(&[u8]) -> Result<Request<A>, RequestError>,
-    pub(super) again: bool,
+    again: bool,
 }
 
 /// Something from the control socket that the application has to hear of.
@@ -171,7 +180,7 @@ impl<A> Incumbent<A> {
         self.fail_upgrade(why);
     }
 
-    pub(super) fn process(&mut self, now: Instant) -> io::Result<()> {
+    fn process(&mut self, now: Instant) -> io::Result<()> {
         let mut events = Vec::with_capacity(64);
         for id in std::mem::take(&mut self.replied) {
             self.answer(now, id);
@@ -373,7 +382,7 @@ impl<A> Incumbent<A> {
         self.connections.remove(&id);
     }
 
-    pub(super) fn reply(&mut self, id: ConnectionId, line: Vec<u8>) {
+    fn reply(&mut self, id: ConnectionId, line: Vec<u8>) {
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.send(line, Vec::new());
         }
@@ -398,7 +407,7 @@ impl<A> Incumbent<A> {
         self.run_takeover(now);
     }
 
-    pub(super) fn run_takeover(&mut self, now: Instant) {
+    fn run_takeover(&mut self, now: Instant) {
         while let Some(takeover) = &mut self.takeover {
             match takeover.run(now) {
                 None => break,
@@ -475,7 +484,7 @@ impl<A> Incumbent<A> {
     }
 
     /// When the incumbent itself has something to do.
-    pub(super) fn timer(&self) -> Option<Instant> {
+    fn timer(&self) -> Option<Instant> {
         let takeover = self.takeover.as_deref().and_then(Takeover::deadline);
         [takeover, self.upgrade_deadline(), self.listen_again].into_iter().flatten().min()
     }
@@ -546,7 +555,7 @@ impl<A> Incumbent<A> {
         }
     }
 
-    pub(in crate::transport) fn serve(
+    pub(crate) fn serve(
         listener: UnixListener,
         path: &Path,
         lock: ServiceLock,
@@ -594,7 +603,7 @@ impl<A> Incumbent<A> {
         })
     }
 
-    pub(super) fn wait(&self, deadline: Option<Instant>) -> io::Result<()> {
+    fn wait(&self, deadline: Option<Instant>) -> io::Result<()> {
         let timeout =
             deadline.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_micros(50));
         let timeout = timeout.and_then(|timeout| timeout.try_into().ok());

@@ -5,14 +5,14 @@ use std::time::Instant;
 use rustix::event::epoll;
 
 use super::connection::ConnectionId;
-use super::incumbent::{CHANNEL, Incumbent, SUCCESSOR};
-use super::takeover::Takeover;
+use super::{CHANNEL, Incumbent, SUCCESSOR};
 use crate::channel::Channel;
 use crate::clock;
 use crate::control::request::{Failure, FailureCode, Hello, Reply, VersionRange, Welcome};
 use crate::control::status::LastTakeover;
 use crate::peer::Peer;
 use crate::protocol;
+use crate::transport::socket::takeover::Takeover;
 
 /// Descriptors that a successor needs beside the items: manifests, channel, epoll, lock and some air.
 const SPARE_DESCRIPTORS: u64 = 16;

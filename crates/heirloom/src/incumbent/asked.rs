@@ -4,8 +4,8 @@ use std::os::fd::OwnedFd;
 
 use serde::Serialize;
 
+use super::Incumbent;
 use super::connection::{ConnectionId, failure};
-use super::incumbent::Incumbent;
 use crate::control::request::{FailureCode, Reply};
 
 /// A request of the application's own. Each must be answered; dropping it answers with an error.

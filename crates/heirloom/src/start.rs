@@ -6,8 +6,6 @@ use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 
-use super::older::OlderIncumbent;
-use super::{Incumbent, Successor, Taken};
 use crate::channel::{Channel, ChannelError};
 use crate::clock;
 use crate::config::Config;
@@ -15,12 +13,15 @@ use crate::control::client::{Client, ClientError};
 use crate::control::path::{PathError, bind, prepare_directory};
 use crate::control::request::{Failure, Hello, NoRequests, Reply, Request, Welcome};
 use crate::descriptors;
+use crate::incumbent::Incumbent;
 use crate::lock::{LockError, LockFile, ServiceLock, lock_path};
 use crate::manifest::ServiceRecord;
 use crate::peer::{Peer, Refused};
 use crate::protocol;
 use crate::service::Service;
+use crate::transport::OlderIncumbent;
 use crate::transport::exec::{self, InPlaceError};
+use crate::transport::socket::{Successor, Taken};
 use crate::upgrade::{Preflight, PreflightError, Role};
 
 /// How long a start waits for another process that is just starting, ending or being replaced.
@@ -205,7 +206,7 @@ fn start_fresh<A: DeserializeOwned>(
 }
 
 /// Binds the control socket under the lock and serves there.
-pub(super) fn serve_fresh<A: DeserializeOwned>(
+pub(crate) fn serve_fresh<A: DeserializeOwned>(
     path: &Path,
     lock: ServiceLock,
     service: &Service,
