@@ -4,10 +4,12 @@ mod stream;
 mod support;
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 
-use heirloom::control::Status;
+use heirloom::NoRequests;
+use heirloom::control::{Client, Reply, Request, Status};
+use heirloom::upgrade::Upgrade;
 use stream::Stream;
 use support::proc::{Footprint, settled_footprint, wait_for_footprint};
 use support::upgrading::*;
@@ -240,6 +242,79 @@ fn a_new_program_that_hangs_is_given_up_and_the_incumbent_serves_on() {
             let mut serving = Serving::start();
             serving.survives(&bad, place);
             serving.finish();
+        })
+    }));
+}
+
+/// What can only be asked for without the command.
+#[test]
+fn requests_that_cannot_be_met_leave_the_incumbent_serving() {
+    let mut serving = Serving::start();
+    let requests = [
+        (Upgrade { arguments: Some(vec!["chat\0".into()]), ..Upgrade::default() }, "nul byte"),
+        (Upgrade { program: Some("/bin/tr\0ue".into()), ..Upgrade::default() }, "nul byte"),
+        // The limit on one argument is 128 KiB (execve(2)), on a request it is lower.
+        (Upgrade { arguments: Some(vec!["x".repeat(300 * 1024)]), ..Upgrade::default() }, "long"),
+        (Upgrade { program: Some("".into()), ..Upgrade::default() }, "No such file"),
+        (Upgrade { program: Some("heirloom".into()), ..Upgrade::default() }, "heirloom"),
+    ];
+    for (request, why) in requests {
+        for in_place in [false, true] {
+            let request = Upgrade { in_place, ..request.clone() };
+            let mut client = Client::connect(&serving.control).expect("connect");
+            let answer = client.request(&Request::<NoRequests>::Upgrade(request));
+            let Ok(Reply::Error(failure)) = answer else { panic!("{why}: {answer:?}") };
+            println!("{failure:?}");
+            assert!(failure.message.contains(why), "{why}: {failure:?}");
+            drop(client);
+            wait_for_footprint(why, serving.chat.id(), &serving.footprint);
+        }
+    }
+    let bad = Bad::program("says nothing", "/bin/true".into(), &["said nothing"]);
+    serving.survives(&bad, Place::InPlace);
+    serving.finish();
+}
+
+/// At every limit on open files with which it can serve at all, an incumbent is upgraded or serves on.
+#[test]
+fn an_incumbent_without_descriptors_to_spare_is_upgraded_or_serves_on() {
+    all_succeed(Place::BOTH.map(|place| {
+        thread::spawn(move || {
+            let (mut upgraded, mut served_on) = (0, 0);
+            for limit in 10..32 {
+                let scratch = Scratch::new();
+                let control = scratch.path("chat.sock");
+                let mut stream = Stream::start();
+                let mut limited = Command::new("sh");
+                limited
+                    .arg("-c")
+                    .arg(format!("ulimit -n {limit}; exec \"$@\""))
+                    .arg("sh")
+                    .arg(this_program());
+                let mut chat =
+                    Process::start(limited.args(["chat", stream.address(), "--control"]).arg(&control));
+                let _ends = EndsServing(control.clone());
+                wait_for("it to serve or to end", || chat.stdout_len() > 0 || !chat.is_running());
+                if !chat.is_running() {
+                    continue;
+                }
+                let answer = upgrade(&control, place.options());
+                println!("{place:?}, limit {limit}: {:?} {}", answer.code, answer.stderr.trim());
+                let seen = chat.stdout_len();
+                wait_for("more of the stream", || chat.stdout_len() > seen);
+                if answer.code == Some(0) {
+                    upgraded += 1;
+                } else {
+                    served_on += 1;
+                    assert!(matches!(answer.code, Some(1 | 4 | 5)), "limit {limit}: {answer:?}");
+                    assert!(chat.is_running(), "limit {limit}: {}", chat.stderr());
+                    // Why the incumbent refused its own successor, and not only that this has ended.
+                    assert!(!answer.stderr.contains("the successor ended"), "limit {limit}: {answer:?}");
+                }
+                stream.ends_exact(0, &[&chat]);
+            }
+            println!("{place:?}: {upgraded} were upgraded, {served_on} served on");
+            assert!(upgraded > 0 && served_on > 0, "the limits do not cover both");
         })
     }));
 }

@@ -4,6 +4,7 @@ mod rogue;
 mod stream;
 mod support;
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -15,7 +16,7 @@ use rustix::process::Signal;
 use stream::Stream;
 use support::builds::*;
 use support::generations::{Sender, accept, assert_same, listen, read_all};
-use support::proc::{program, settled_footprint, signal, wait_for_footprint};
+use support::proc::{only_child, program, settled_footprint, signal, wait_for_footprint};
 use support::upgrading::*;
 use support::*;
 
@@ -396,6 +397,129 @@ fn an_incumbent_that_is_killed_in_a_preflight_leaves_nobody() {
         let said = asked.stderr();
         assert!(said.contains("nobody answers at") && said.contains("see its log"), "{said}");
         assert_eq!(serving.stream.heard(), "", "it was sent to the server");
+    }
+}
+
+/// Whoever asked is told, and the new program is ended too.
+#[test]
+fn an_incumbent_that_is_told_to_stop_gives_up_the_upgrade() {
+    for by_signal in [true, false] {
+        let mut serving = Serving::start(&[]);
+        let (script, _) = waits_for(&serving, "never");
+        let mut asked = start_upgrade(&serving, Place::InPlace, &script);
+        let preflight = only_child(serving.first.id());
+        if by_signal {
+            serving.first.signal(Signal::TERM);
+        } else {
+            Process::start(heirloom().arg("quit").arg("--control").arg(&serving.control)).wait_for_code(0);
+        }
+        serving.first.wait_for_code(0);
+        asked.wait_for_code(5);
+        assert!(asked.stderr().contains("the incumbent was told to"), "{}", asked.stderr());
+        assert!(!Path::new(&format!("/proc/{preflight}")).exists(), "the preflight lives on");
+        assert!(!serving.control.exists(), "the control socket is removed");
+    }
+}
+
+#[test]
+fn whoever_does_not_wait_for_the_outcome_does_not_change_it() {
+    for place in Place::BOTH {
+        let mut serving = Serving::start(&[]);
+        let (script, go) = waits_for(&serving, "go");
+        let options = [place.options(), &["--program", &script, "--timeout", "100ms"]].concat();
+        serving.upgrade(&options).failed(1, &["no answer", "within 100ms"]);
+        assert!(serving.status().takeover_running);
+        std::fs::write(go, "").expect("write");
+        wait_for_generation(&serving.control, 1);
+        serving.upgrades(place, &[]);
+        serving.finish();
+    }
+}
+
+#[test]
+fn of_many_upgrades_at_once_each_is_done_or_refused() {
+    const AT_ONCE: usize = 12;
+    for place in Place::BOTH {
+        let serving = Serving::start(&[]);
+        let asked: Vec<_> = std::thread::scope(|scope| {
+            let ask = || scope.spawn(|| serving.upgrade(place.options()));
+            let asking: Vec<_> = (0..AT_ONCE).map(|_| ask()).collect();
+            asking.into_iter().map(|one| one.join().expect("it is waited for")).collect()
+        });
+        let done = asked.iter().filter(|one| one.code == Some(0)).count();
+        for one in asked.into_iter().filter(|one| one.code != Some(0)) {
+            one.failed(4, &[]);
+        }
+        let generation = serving.status().generation;
+        assert!((1..=done as u64).contains(&generation), "generation {generation} after {done} upgrades");
+        serving.finish();
+    }
+}
+
+/// While the new program looks at the manifest, the connection in it is lost, and another one made.
+#[test]
+fn what_changes_during_a_preflight_is_handed_over_as_it_is_then() {
+    for place in Place::BOTH {
+        let scratch = Scratch::new();
+        let control = scratch.path("chat.sock");
+        let (listener, address) = listen();
+        let mut chat = Process::start(&mut chat(&address, &control, &[]));
+        let _ends = EndsServing(control.clone());
+        let mut expected = Vec::new();
+        for round in 0..3 {
+            let server = accept(&listener);
+            wait_until_connected(&control);
+            let go = scratch.path(&format!("go {round}"));
+            let text =
+                format!("while ! [ -e '{}' ]; do sleep 0.01; done; exec \"$REAL\" \"$@\"", go.display());
+            let script = scratch.script(&format!("waits {round}"), &text);
+            let mut command = heirloom();
+            command.arg("upgrade").arg("--control").arg(&control).args(place.options());
+            let mut asked = Process::start(command.arg("--program").arg(script));
+            wait_for("the upgrade to begin", || status(&control).takeover_running);
+            drop(server);
+            let mut server = accept(&listener);
+            let greeting = format!("hello {round}\n");
+            server.write_all(greeting.as_bytes()).expect("write");
+            expected.extend(greeting.bytes());
+            wait_for("the new connection's bytes", || chat.stdout() == expected);
+            std::fs::write(go, "").expect("write");
+            asked.wait_for_code(0);
+            server.write_all(b"and on\n").expect("the new connection lives");
+            expected.extend(b"and on\n");
+            wait_for("bytes after the upgrade", || chat.stdout() == expected);
+            assert_eq!(status(&control).generation, round + 1);
+            chat.write(b"?");
+            let mut byte = [0];
+            server.read_exact(&mut byte).expect("the new connection lives");
+        }
+    }
+}
+
+#[test]
+fn a_chat_without_a_connection_is_upgraded_too() {
+    for place in Place::BOTH {
+        let scratch = Scratch::new();
+        let control = scratch.path("chat.sock");
+        // Bound, so that nobody else can have it, and not listening yet, so that connections are refused.
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None);
+        let socket = socket.expect("socket");
+        rustix::net::bind(&socket, &std::net::SocketAddr::from(([127, 0, 0, 1], 0))).expect("bind");
+        let listener = std::net::TcpListener::from(socket);
+        let address = listener.local_addr().expect("bound").to_string();
+        let chat = Process::start(&mut chat(&address, &control, &[]));
+        let _ends = EndsServing(control.clone());
+        status(&control);
+        for generation in 1..=2 {
+            let said = upgrade(&control, place.options()).done();
+            assert!(said.contains("; 1 items, pause "), "{said}");
+            assert_eq!(status(&control).generation, generation);
+        }
+        rustix::net::listen(&listener, 1).expect("listen");
+        let mut server = accept(&listener);
+        server.write_all(b"hello\n").expect("write");
+        wait_for("the greeting", || chat.stdout() == b"hello\n");
     }
 }
 

@@ -63,6 +63,7 @@ impl<A> Incumbent<A> {
                         at_unix_ms: clock::unix_ms(),
                     });
                 }
+                self.successor_refused(id, &refusal.message);
                 self.reply(id, Reply::Error(refusal).to_line());
             }
         }

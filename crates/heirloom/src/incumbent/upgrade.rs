@@ -292,6 +292,18 @@ impl<A> Incumbent<A> {
         }
     }
 
+    /// Whoever asked to take over on this connection may not. If it is the successor that an upgrade has started, that ends
+    /// the upgrade, with a better reason than the successor's end would be.
+    pub(super) fn successor_refused(&mut self, id: ConnectionId, why: &str) {
+        let pid = self.connections.get(&id).and_then(|connection| connection.peer.pid);
+        if let Some(Running { phase: Phase::Successor { successor, .. }, .. }) = self.upgrade.as_deref()
+            && pid.is_some()
+            && successor.pid() == pid
+        {
+            self.fail_upgrade(why);
+        }
+    }
+
     /// The takeover by the program that an upgrade has started is over.
     pub(super) fn upgrade_taken(&mut self) {
         if let Some(Running { phase: Phase::Successor { successor, .. }, .. }) =
