@@ -4,7 +4,7 @@ mod rogue;
 mod stream;
 mod support;
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -14,7 +14,6 @@ use heirloom::upgrade::Upgrade;
 use rogue::{Plot, Role};
 use rustix::process::Signal;
 use stream::Stream;
-use support::builds::*;
 use support::generations::{Sender, accept, assert_same, listen, read_all};
 use support::proc::{only_child, program, settled_footprint, signal, wait_for_footprint};
 use support::upgrading::*;
@@ -523,32 +522,43 @@ fn a_chat_without_a_connection_is_upgraded_too() {
     }
 }
 
-/// A program of before preflights, which takes itself for a successor at once.
+/// A program of before preflights takes itself for a successor at once: this one, with nobody to tell it otherwise.
 #[test]
 fn an_older_program_can_take_over_but_not_in_place() {
-    const BEFORE_PREFLIGHTS: &str = "8cd1275";
-    let Some(commit) = commit(BEFORE_PREFLIGHTS) else {
-        return skip("the history does not go back to a program without preflights");
-    };
-    let older = build(&export(&commit), "dev", "before-preflights");
-    let older = older.to_str().expect("UTF-8");
     let mut serving = Serving::start(&[]);
+    let older = serving.scratch.script("older", "exec env -u HEIRLOOM_UPGRADE \"$REAL\" \"$@\"");
+    let older = older.to_str().expect("UTF-8");
     let why = "the new program knows nothing of preflights, and asked to take over at once";
     serving.upgrade(&["--in-place", "--program", older]).failed(5, &[why]);
     serving.upgrade(&["--dry-run", "--program", older]).failed(5, &[why]);
     let now = serving.upgrades(Place::Beside, &["--program", older]);
-    assert_eq!(program(now.pid), Path::new(older));
-    // It knows no upgrades itself, but is replaced as ever.
-    serving.upgrade(&[]).failed(1, &["Upgrade"]);
-    let mut new =
-        Process::start(&mut chat(serving.stream.address(), &serving.control, &["--replace", "must"]));
-    wait_for_generation(&serving.control, 2);
-    let seen = new.stdout_len();
-    wait_for("more of the stream", || new.stdout_len() > seen);
-    serving.stream.ends_exact(0, &[&serving.first, &new]);
-    new.signal(Signal::TERM);
-    new.wait_for_code(0);
-    serving.first.wait_for_code(0);
+    assert_eq!(now.generation, 1);
+    serving.finish();
+}
+
+/// An incumbent of before upgrades answers other questions.
+#[test]
+fn an_older_incumbent_is_recognized() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&control).expect("bind");
+    let older = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let (stream, _) = listener.accept().expect("a question");
+            let mut question = String::new();
+            BufReader::new(&stream).read_line(&mut question).expect("a line");
+            let answer = match question.trim() {
+                "\"Status\"" => r#"{"Status":{"name":"chat","program":"heirloom","version":"0.0.9"}}"#,
+                _ => r#"{"Error":{"code":"unknown","message":"unknown request \"Upgrade\""}}"#,
+            };
+            writeln!(&stream, "{answer}").expect("it listens");
+        }
+    });
+    let mut upgrade = heirloom();
+    let mut upgrade = Process::start(upgrade.args(["upgrade", "--control"]).arg(&control));
+    upgrade.wait_for_code(1);
+    assert!(upgrade.stderr().contains("(heirloom 0.0.9) knows nothing of upgrades"), "{}", upgrade.stderr());
+    older.join().expect("two questions were asked");
 }
 
 #[test]
