@@ -93,12 +93,14 @@ fn build(source: &Path, profile: &str, name: &str) -> PathBuf {
     let builds = builds();
     let lock = File::create(builds.join("lock")).expect("a lock file");
     flock(&lock, FlockOperation::LockExclusive).expect("flock");
+    // Beside the sources: cargo takes files in its target directory for the same ones, whichever commit they are of.
+    let target = builds.join("target");
     let cargo = |offline: &[&str]| {
         Command::new(env!("CARGO"))
             .args(["build", "--quiet", "--locked", "--package", "heirloom-cli", "--profile", profile])
             .args(offline)
             .arg("--target-dir")
-            .arg(&builds)
+            .arg(&target)
             .current_dir(source)
             .stdin(Stdio::null())
             .output()
@@ -115,7 +117,7 @@ fn build(source: &Path, profile: &str, name: &str) -> PathBuf {
     assert!(output.status.success(), "cargo build:\n{}", String::from_utf8_lossy(&output.stderr));
     // All builds leave their program at the same place: give it a name of its own, also while an earlier one runs. A
     // link and no copy, since a file that was open for writing a moment ago may not be executable yet.
-    let built = builds.join(if profile == "dev" { "debug" } else { profile }).join("heirloom");
+    let built = target.join(if profile == "dev" { "debug" } else { profile }).join("heirloom");
     let (fresh, kept) = (builds.join(format!("{name}.new")), builds.join(name));
     let _ = std::fs::remove_file(&fresh);
     std::fs::hard_link(built, &fresh)
