@@ -26,7 +26,7 @@ const LISTENER: ItemId = ItemId::FIRST;
 /// Items have the tokens of their ids; the incumbent has that of the control listener, which is no item of ours.
 const INCUMBENT: Token = Token(ItemId::CONTROL.0 as usize);
 /// An id that no item will ever have.
-const STOP: Token = Token(usize::MAX);
+const SIGNALS: Token = Token(usize::MAX);
 /// How many events are taken from the poller at once.
 const EVENTS: usize = 1024;
 /// How long outboxes may take to empty when the server is told to stop.
@@ -101,7 +101,7 @@ impl Server {
         let Parts { poll, listener, door, room } = parts;
         let registry = poll.registry();
         registry.register(&mut incumbent, INCUMBENT, Interest::READABLE)?;
-        registry.register(&mut SourceFd(&signals.stop().as_raw_fd()), STOP, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&signals.stop().as_raw_fd()), SIGNALS, Interest::READABLE)?;
         tracing::info!(address = %door.address()?, control = %incumbent.path().display(), "listening");
         Ok(Server { poll, incumbent, signals, listener, door, room, stopping: None })
     }
@@ -158,18 +158,26 @@ impl Server {
         for event in events {
             match event.token() {
                 INCUMBENT => {}
-                STOP => {
-                    if self.signals.take_stop() && self.stop() == Next::Stop {
+                SIGNALS => {
+                    if self.signalled() == Next::Stop {
                         return Next::Stop;
                     }
                 }
-                token if token == super::client::token(self.listener) => self.door.knock(),
+                listener if listener == token(self.listener) => self.door.knock(),
                 Token(id) => {
                     let readable = event.is_readable() || event.is_read_closed() || event.is_error();
                     let writable = event.is_writable() || event.is_write_closed();
                     self.room.hear_of(ItemId(id as u64), readable, writable);
                 }
             }
+        }
+        Next::Go
+    }
+
+    /// Does what signals ask for.
+    fn signalled(&mut self) -> Next {
+        if self.signals.take_stop() {
+            return self.stop();
         }
         Next::Go
     }
