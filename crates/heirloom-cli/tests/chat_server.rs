@@ -184,7 +184,7 @@ fn an_endless_line_comes_in_pieces() {
 /// A guest, and so much for it to hear that the server has to keep a part of it.
 fn guest_with_unheard_lines(control: &Path, address: SocketAddr) -> (Guest, Guest, Vec<u8>) {
     /// More than the kernel keeps (tcp_wmem is 4 MiB at most by default).
-    const LINES: u64 = 1_000_000;
+    const LINES: u64 = 450_000;
     let (mut talker, slow) = (Guest::join(address), Guest::join_narrow(address));
     let said = lines(0..LINES);
     talker.say(&said);

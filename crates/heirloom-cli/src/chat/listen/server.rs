@@ -26,9 +26,8 @@ use crate::signals::Signals;
 const LISTENER: ItemId = ItemId::FIRST;
 /// Items have the tokens of their ids; the incumbent has that of the control listener, which is no item of ours.
 const INCUMBENT: Token = Token(ItemId::CONTROL.0 as usize);
-/// Ids that no item will ever have.
-const STOP: Token = Token(usize::MAX);
-const UPGRADE: Token = Token(usize::MAX - 1);
+/// An id that no item will ever have.
+const SIGNALS: Token = Token(usize::MAX);
 /// How many events are taken from the poller at once.
 const EVENTS: usize = 1024;
 /// How long outboxes may take to empty when the server is told to stop.
@@ -103,8 +102,9 @@ impl Server {
         let Parts { poll, listener, door, room } = parts;
         let registry = poll.registry();
         registry.register(&mut incumbent, INCUMBENT, Interest::READABLE)?;
-        registry.register(&mut SourceFd(&signals.stop().as_raw_fd()), STOP, Interest::READABLE)?;
-        registry.register(&mut SourceFd(&signals.upgrade().as_raw_fd()), UPGRADE, Interest::READABLE)?;
+        for signal in [signals.stop(), signals.upgrade()] {
+            registry.register(&mut SourceFd(&signal.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        }
         tracing::info!(address = %door.address()?, control = %incumbent.path().display(), "listening");
         Ok(Server { poll, incumbent, signals, listener, door, room, stopping: None })
     }
@@ -161,26 +161,31 @@ impl Server {
         for event in events {
             match event.token() {
                 INCUMBENT => {}
-                STOP => {
-                    if self.signals.take_stop() && self.stop() == Next::Stop {
+                SIGNALS => {
+                    if self.signalled() == Next::Stop {
                         return Next::Stop;
                     }
                 }
-                // SIGUSR2: what `heirloom upgrade` without options asks for.
-                UPGRADE => {
-                    if self.signals.take_upgrade()
-                        && let Err(refusal) = self.incumbent.upgrade(Upgrade::default())
-                    {
-                        tracing::warn!("no upgrade: {refusal}");
-                    }
-                }
-                token if token == super::client::token(self.listener) => self.door.knock(),
+                listener if listener == token(self.listener) => self.door.knock(),
                 Token(id) => {
                     let readable = event.is_readable() || event.is_read_closed() || event.is_error();
                     let writable = event.is_writable() || event.is_write_closed();
                     self.room.hear_of(ItemId(id as u64), readable, writable);
                 }
             }
+        }
+        Next::Go
+    }
+
+    /// Does what signals ask for.
+    fn signalled(&mut self) -> Next {
+        if self.signals.take_upgrade()
+            && let Err(refusal) = self.incumbent.upgrade(Upgrade::default())
+        {
+            tracing::warn!("no upgrade: {refusal}");
+        }
+        if self.signals.take_stop() {
+            return self.stop();
         }
         Next::Go
     }
