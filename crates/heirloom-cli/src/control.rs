@@ -14,7 +14,7 @@ use crate::page::Item;
 pub(crate) const SOCKET: Item = (
     "$XDG_RUNTIME_DIR/heirloom/NAME.sock",
     "The control socket. Without --name, NAME is chat- and the address of the chat's server, for instance \
-     chat-127.0.0.1:31337. The process that ends without a successor removes it.",
+     chat-127.0.0.1:31337; of a chat server chat-listen- and its address. The process that ends without a successor removes it.",
 );
 /// The service lock beside it.
 pub(crate) const LOCK: Item = (

@@ -73,7 +73,12 @@ When nobody reads stdout any more, the chat stops reading and keeps the connecti
 none comes within the time of --linger, it ends with status 1. A stdout that fails in another way, for a full disk say, is tried \
 again every second.
 
-Stdin, stdout and stderr are each process's own and are not handed over.",
+Stdin, stdout and stderr are each process's own and are not handed over.
+
+With --listen it is the chat server instead: it listens at ADDR, and passes on each line of a client to all others with \
+\"<userN> \" before it, N being the client's number; it announces who comes and who leaves. Control characters are escaped. A client \
+that does not read is cut off when more than --backlog is unsent to it. A server that is started with the same control socket takes \
+over the listener and every client, with half-received lines and what is unsent. It uses neither stdin nor stdout.",
     exits: Exit::ALL,
     signals: &[
         (
@@ -99,6 +104,7 @@ Stdin, stdout and stderr are each process's own and are not handed over.",
             "heirloom chat 127.0.0.1:6667 --name log </dev/null >>log",
             "Appends what a server sends to a file. The same command, started again, takes over without a gap in it.",
         ),
+        ("heirloom chat --listen", "Is the server at 127.0.0.1:31337 that the first example joins."),
     ],
     see_also: &["heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
 };
