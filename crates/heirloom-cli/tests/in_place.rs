@@ -272,11 +272,13 @@ fn what_could_not_be_sent_or_written_yet_stays() {
         let status = status(&control);
         (status.pid, status.last_takeover.expect("it was upgraded").bytes)
     };
-    wait_for("an upgrade with all buffers full", || upgraded().1 > CARRIED);
-    for _ in 0..UPGRADES {
-        let (pid, bytes) = upgraded();
-        assert_eq!(pid, chat.id());
-        assert!(bytes > CARRIED, "only {bytes} bytes: somebody has read something");
+    for _ in 0..=UPGRADES {
+        // Between two of them the kernel may find room for more, until it has no more.
+        wait_for("an upgrade with all buffers full", || {
+            let (pid, bytes) = upgraded();
+            assert_eq!(pid, chat.id());
+            bytes > CARRIED
+        });
     }
     // Now they read, and the program is upgraded all the while.
     let (shown, heard) = (read_all(screen), read_all(server));
