@@ -15,7 +15,7 @@ use rogue::{Plot, Role};
 use rustix::process::Signal;
 use stream::Stream;
 use support::generations::{Sender, accept, assert_same, listen, read_all};
-use support::proc::{only_child, program, settled_footprint, signal, wait_for_footprint};
+use support::proc::{has_ended, only_child, program, settled_footprint, signal, wait_for_footprint};
 use support::upgrading::*;
 use support::*;
 
@@ -91,10 +91,16 @@ impl Serving {
     fn upgrades_by_signal(&mut self) -> Status {
         let before = self.status();
         signal(before.pid, Signal::USR2);
-        wait_for_generation(&self.control, before.generation + 1);
+        self.wait_for_next_after(&before, Place::Beside);
         let now = self.status();
         self.has_become(Place::Beside, &before, &now);
         now
+    }
+
+    fn wait_for_next_after(&self, before: &Status, place: Place) {
+        wait_for_generation(&self.control, before.generation + 1);
+        // It answers at the control socket, too, until it knows that the new program serves.
+        wait_for("the old program's end", || place == Place::InPlace || has_ended(before.pid));
     }
 
     fn has_become(&mut self, place: Place, before: &Status, now: &Status) {
@@ -212,6 +218,28 @@ fn a_file_that_was_replaced_is_the_new_program() {
         assert_eq!(program(serving.upgrades(place, &[]).pid), program_file);
         serving.finish();
     }
+}
+
+/// As where each release has a directory of its own, and a link says which is the current one.
+#[test]
+fn a_link_that_leads_elsewhere_is_followed_anew() {
+    let scratch = Scratch::new();
+    let (one, two) = (scratch.copy_of_this_program("one"), scratch.copy_of_this_program("two"));
+    let (current, fresh) = (scratch.path("current"), scratch.path("fresh"));
+    let lead_to = |program: &Path| {
+        std::os::unix::fs::symlink(program, &fresh).expect("symlink");
+        std::fs::rename(&fresh, &current).expect("rename");
+    };
+    lead_to(&one);
+    let mut serving = Serving::start_with(scratch, current.clone().into(), &[]);
+    assert_eq!(program(serving.status().pid), one);
+    for place in Place::BOTH {
+        lead_to(&two);
+        assert_eq!(program(serving.upgrades(place, &[]).pid), two);
+        lead_to(&one);
+        assert_eq!(program(serving.upgrades_by_signal().pid), one);
+    }
+    serving.finish();
 }
 
 #[test]
@@ -387,7 +415,8 @@ fn an_incumbent_that_is_killed_in_a_preflight_leaves_nobody() {
         first.kill();
         assert_eq!(first.wait().code(), None);
         std::fs::write(go, "").expect("write");
-        let gone = || !Path::new("/proc").join(preflight.trim()).exists();
+        let preflight = preflight.trim().parse().expect("a pid");
+        let gone = || has_ended(preflight);
         wait_for("the preflight to end by itself, or to serve", || {
             gone() || try_status(&serving.control).is_some()
         });
@@ -415,7 +444,7 @@ fn an_incumbent_that_is_told_to_stop_gives_up_the_upgrade() {
         serving.first.wait_for_code(0);
         asked.wait_for_code(5);
         assert!(asked.stderr().contains("the incumbent was told to"), "{}", asked.stderr());
-        assert!(!Path::new(&format!("/proc/{preflight}")).exists(), "the preflight lives on");
+        assert!(has_ended(preflight), "the preflight lives on");
         assert!(!serving.control.exists(), "the control socket is removed");
     }
 }
@@ -427,9 +456,10 @@ fn whoever_does_not_wait_for_the_outcome_does_not_change_it() {
         let (script, go) = waits_for(&serving, "go");
         let options = [place.options(), &["--program", &script, "--timeout", "100ms"]].concat();
         serving.upgrade(&options).failed(1, &["no answer", "within 100ms"]);
-        assert!(serving.status().takeover_running);
+        let before = serving.status();
+        assert!(before.takeover_running);
         std::fs::write(go, "").expect("write");
-        wait_for_generation(&serving.control, 1);
+        serving.wait_for_next_after(&before, place);
         serving.upgrades(place, &[]);
         serving.finish();
     }

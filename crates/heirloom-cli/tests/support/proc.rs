@@ -99,6 +99,14 @@ pub(crate) fn environment(pid: u32) -> Vec<String> {
     read(pid, "environ").split_terminator('\0').map(str::to_owned).collect()
 }
 
+/// Whether a process has ended, waited for or not.
+pub(crate) fn has_ended(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    // The state comes after the name, which is in brackets.
+    stat.is_err()
+        || stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X'])))
+}
+
 /// The file of the program that the process runs.
 pub(crate) fn program(pid: u32) -> PathBuf {
     fs::read_link(format!("/proc/{pid}/exe")).expect("it is there")

@@ -102,7 +102,7 @@ pub enum AskError {
 ///
 /// See [`AskError`].
 pub fn ask(path: &Path, mut request: Upgrade, patience: Duration) -> Result<Upgraded, AskError> {
-    let before = status(path)?;
+    let before = first_status(path)?;
     request.generation.get_or_insert(before.generation);
     let mut client = Client::connect(path)?;
     client.set_timeout(patience);
@@ -119,6 +119,19 @@ pub fn ask(path: &Path, mut request: Upgrade, patience: Duration) -> Result<Upgr
             Ok(Upgraded::Replaced { before: Box::new(before), now: Box::new(now) })
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// The status of whoever serves. One that was just being replaced may close the connection before it answers.
+fn first_status(path: &Path) -> Result<Status, AskError> {
+    let give_up = Instant::now() + SILENCE;
+    loop {
+        match status(path) {
+            Err(AskError::Client(ClientError::Closed { .. })) if Instant::now() < give_up => {
+                thread::sleep(ASK_AGAIN);
+            }
+            status => return status,
+        }
     }
 }
 

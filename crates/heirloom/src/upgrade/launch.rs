@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -38,12 +39,14 @@ impl Launch {
     /// This process's own program and arguments; in place when stdin is a terminal, which a process in the background
     /// cannot read, or when it is PID 1, whose end is that of its whole pid namespace.
     ///
-    /// The program is the *path* of its file, so that it means whatever lies there when it is started. Call this early:
-    /// a file that has been replaced since is still found, one that was moved away is not.
+    /// The program is the *path* by which it was called, so that it means whatever lies there when it is started: a link
+    /// that leads to another file by then is followed anew. Call this early: a file that has been replaced since is
+    /// still found, one that was moved away is not.
     pub fn current() -> Launch {
         let mut arguments = std::env::args_os();
         let name = arguments.next().unwrap_or_default();
-        let program = std::env::current_exe().map_or_else(|_| PathBuf::from(&name), undeleted);
+        let program = called(&name)
+            .unwrap_or_else(|| std::env::current_exe().map_or_else(|_| PathBuf::from(&name), undeleted));
         let in_place = std::process::id() == 1 || rustix::termios::isatty(rustix::stdio::stdin());
         Launch { program, name, arguments: arguments.collect(), in_place }
     }
@@ -68,6 +71,23 @@ impl Launch {
         command.arg0(&self.name).args(&self.arguments).env_clear().envs(environment(role));
         command
     }
+}
+
+/// The path by which this process's program was called, if what lies there is this program.
+fn called(name: &OsStr) -> Option<PathBuf> {
+    let candidates: Vec<PathBuf> = if name.as_bytes().contains(&b'/') {
+        vec![name.into()]
+    } else {
+        std::env::split_paths(&std::env::var_os("PATH")?).map(|directory| directory.join(name)).collect()
+    };
+    let file = |path: &Path| std::fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+    let this = file(Path::new("/proc/self/exe"))?;
+    candidates
+        .iter()
+        .filter_map(|path| std::path::absolute(path).ok())
+        // What is called /proc/self/fd/9 or /dev/fd/9 is something else in each process.
+        .filter(|path| !path.starts_with("/proc") && !path.starts_with("/dev"))
+        .find(|path| file(path) == Some(this))
 }
 
 /// The path of a file that was replaced: Linux marks the link of what the process runs (proc_pid_exe(5)).
@@ -152,6 +172,18 @@ mod tests {
         let launch = own.for_request(&request);
         assert_eq!((launch.program, launch.name), ("/bin/new".into(), "/bin/new".into()));
         assert!(launch.arguments.is_empty() && launch.in_place);
+    }
+
+    #[test]
+    fn a_program_is_what_it_was_called_by_and_nothing_else_that_has_the_name() {
+        let this = std::env::current_exe().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let link = directory.path().join("current");
+        std::os::unix::fs::symlink(&this, &link).unwrap();
+        assert_eq!(called(link.as_os_str()), Some(link));
+        for other in ["/bin/true", "/proc/self/exe", "/nowhere/echod", "no such program", ""] {
+            assert_eq!(called(other.as_ref()), None, "{other}");
+        }
     }
 
     #[test]
