@@ -18,7 +18,7 @@ use crate::page::Page;
 pub(crate) struct Args {
     #[command(flatten)]
     target: Target,
-    /// The file to run [default: the one from which the process was started, as it is now]
+    /// The file to run [default: the path by which the process was started, as it is now]
     #[arg(long, value_name = "FILE")]
     program: Option<PathBuf>,
     /// Become the new program in place, with the same pid; always so when stdin is a terminal, or for PID 1
