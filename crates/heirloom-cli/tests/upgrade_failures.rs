@@ -117,8 +117,10 @@ fn bad_successors(scratch: &Scratch, address: &str, control: &Path) -> Vec<Bad> 
         let text = format!("case $HEIRLOOM_UPGRADE in successor:*) {act};; esac; exec \"$REAL\" \"$@\"");
         Bad::script(scratch, what, &text, says)
     };
-    let stalls =
-        format!("exec \"$REAL\" demo-successor --control {} {address} >/dev/null", control.display());
+    let stalls = format!(
+        "exec \"$REAL\" demo-successor --control {} --service 'chat {address}' >/dev/null",
+        control.display()
+    );
     vec![
         script("dies", "kill -9 $$", &["the successor ended (signal: 9 (SIGKILL)) before it took over"]),
         script(
