@@ -140,7 +140,10 @@ pub(crate) fn ask(path: &Path, request: &Request<NoRequests>) -> Result<(Reply, 
 }
 
 fn unexpected(reply: Reply) -> Failure {
-    Failure::new(Exit::Failed, anyhow!("the process answered something else: {reply:?}"))
+    Failure::new(
+        Exit::Failed,
+        anyhow!("the process answered something else: {reply:?}; it may be of another version"),
+    )
 }
 
 /// Writes to stdout; a reader that has gone is an error, not a panic.

@@ -105,7 +105,7 @@ pub enum StartError {
     )]
     LockHeld(PathBuf),
     /// The incumbent answered with something that is no answer.
-    #[error("the process at {} answers a takeover with nonsense ({what}); it may not be an incumbent", path.display())]
+    #[error("the process at {} answers a takeover with nonsense ({what}); it may not be an incumbent; choose another path", path.display())]
     Nonsense {
         /// The control socket's path.
         path: PathBuf,

@@ -326,8 +326,9 @@ impl Client {
             Mode::Lingering { until, unwritten } => {
                 if now >= *until {
                     let lost = *unwritten;
-                    let error =
-                        anyhow!("stdout was closed, and no successor came: {lost} bytes were not written");
+                    let error = anyhow!(
+                        "stdout was closed, and no successor came: {lost} bytes were not written; start the next one sooner, or give this one a longer --linger"
+                    );
                     return Err(Failure::new(Exit::Failed, error));
                 }
             }

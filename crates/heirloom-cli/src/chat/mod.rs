@@ -234,7 +234,7 @@ fn resolve(address: &str) -> Result<Vec<SocketAddr>, Failure> {
         .with_context(|| format!("cannot find the address {address:?}; it is written HOST:PORT"))?
         .collect();
     if addresses.is_empty() {
-        return Err(anyhow!("no address belongs to {address:?}").into());
+        return Err(anyhow!("no address belongs to {address:?}; give another").into());
     }
     Ok(addresses)
 }

@@ -76,14 +76,19 @@ fn fetch(path: &Path) -> Result<(Base, usize), Failure> {
         };
         return match Reply::parse(&line).map_err(anyhow::Error::from)? {
             Reply::Manifest(_) => {
-                let memfd = descriptors.pop().context("the process sent no manifest with its answer")?;
+                let memfd = descriptors
+                    .pop()
+                    .context("the process sent no manifest with its answer; it may be of another version")?;
                 let limits = Limits::default();
                 let bytes = read_sealed(&memfd, limits.manifest_bytes).map_err(anyhow::Error::from)?;
                 let base = Base::decode(&bytes, &limits).map_err(anyhow::Error::from)?;
                 Ok((base, bytes.len()))
             }
             Reply::Error(refusal) => Err(refusal.into()),
-            reply => Err(anyhow!("the process answered something else: {reply:?}").into()),
+            reply => {
+                Err(anyhow!("the process answered something else: {reply:?}; it may be of another version")
+                    .into())
+            }
         };
     }
 }

@@ -62,7 +62,7 @@ pub struct Client {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No process listens there.
-    #[error("nobody is there: {}: {why}", path.display())]
+    #[error("nobody serves at {}: {why}; start the program there first, or say where it is (--control, --name)", path.display())]
     Nobody {
         /// The control socket.
         path: PathBuf,
@@ -93,7 +93,7 @@ pub enum ClientError {
         timeout: Duration,
     },
     /// The connection ended before the answer.
-    #[error("{} closed the connection without an answer", path.display())]
+    #[error("{} closed the connection without an answer: the process there has ended, or failed; look at its log", path.display())]
     Closed {
         /// The control socket.
         path: PathBuf,
@@ -109,7 +109,7 @@ pub enum ClientError {
         path: PathBuf,
     },
     /// The answer never ends.
-    #[error("the answer of {} cannot be read: {source}", path.display())]
+    #[error("the answer of {} cannot be read: {source}; is it the control socket of such a program?", path.display())]
     TooLong {
         /// The control socket.
         path: PathBuf,
@@ -117,7 +117,7 @@ pub enum ClientError {
         source: TooLong,
     },
     /// The answer is no reply.
-    #[error("the answer of {} cannot be understood: {source}", path.display())]
+    #[error("the answer of {} cannot be understood: {source}; is it the control socket of such a program?", path.display())]
     Reply {
         /// The control socket.
         path: PathBuf,

@@ -43,7 +43,7 @@ pub struct LineReader {
 /// assert_eq!(lines.next_line().unwrap_err().limit, 4);
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a line is longer than {limit} bytes, which is the limit")]
+#[error("a line is longer than {limit} bytes, which is the limit; send shorter ones")]
 pub struct TooLong {
     /// The longest line in bytes that would have been taken.
     pub limit: usize,

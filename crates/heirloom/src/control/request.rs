@@ -79,7 +79,7 @@ pub enum NoRequests {}
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RequestError {
     /// It is of the right form, but nobody here knows its name.
-    #[error("unknown request {0:?}")]
+    #[error("unknown request {0:?}: no request of this program, or of a newer version")]
     Unknown(String),
     /// It is no JSON, not of the form of a message, or its contents are wrong.
     #[error("malformed message: {0}")]

@@ -177,7 +177,7 @@ impl<A> Incumbent<A> {
             self.run_takeover(now);
             self.ended = None;
         }
-        self.fail_upgrade(why);
+        self.withdraw_upgrade(why);
     }
 
     fn process(&mut self, now: Instant) -> io::Result<()> {

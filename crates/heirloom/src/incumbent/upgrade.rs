@@ -183,7 +183,7 @@ impl<A> Incumbent<A> {
             }
             Err(error) => {
                 let program = running.launch.program.display();
-                let why = format!("cannot start {program}: {error}");
+                let why = format!("cannot start {program}: {error}; mend that, or name another program");
                 self.fail_upgrade(&why);
             }
         }
@@ -255,7 +255,8 @@ impl<A> Incumbent<A> {
                 self.upgrade = Some(running);
             }
             Err(error) => {
-                let why = format!("cannot start {}: {error}", running.launch.program.display());
+                let program = running.launch.program.display();
+                let why = format!("cannot start {program}: {error}; mend that, or name another program");
                 self.upgrade = Some(running);
                 self.fail_upgrade(&why);
             }
@@ -313,8 +314,17 @@ impl<A> Incumbent<A> {
         }
     }
 
-    /// Ends an upgrade without success, if there is one: everything is as before, and whoever asked hears why.
+    /// The new program cannot take over, if there is one: everything is as before, and whoever asked hears why.
     pub(super) fn fail_upgrade(&mut self, why: &str) {
+        self.end_upgrade(why, FailureCode::RolledBack, "cannot take over, and the incumbent serves on");
+    }
+
+    /// The incumbent itself ends an upgrade, if there is one; it may not serve on either.
+    pub(super) fn withdraw_upgrade(&mut self, why: &str) {
+        self.end_upgrade(why, FailureCode::Failed, "is not wanted any more");
+    }
+
+    fn end_upgrade(&mut self, why: &str, code: FailureCode, what: &str) {
         let Some(mut running) = self.upgrade.take() else { return };
         tracing::warn!(program = %running.launch.program.display(), reason = why, "upgrade failed");
         let frozen_at_ns = match &running.phase {
@@ -342,8 +352,8 @@ impl<A> Incumbent<A> {
         // Whoever hears of the failure finds nothing left of the child.
         running.phase = Phase::Offer;
         let program = running.launch.program.display();
-        let message = format!("{program} cannot take over, and the incumbent serves on: {why}");
-        self.answer_upgrade(&running, &Reply::Error(Failure { code: FailureCode::RolledBack, message }));
+        let message = format!("{program} {what}: {why}");
+        self.answer_upgrade(&running, &Reply::Error(Failure { code, message }));
     }
 
     fn answer_upgrade(&mut self, running: &Running, reply: &Reply) {

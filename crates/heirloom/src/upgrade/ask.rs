@@ -80,16 +80,21 @@ pub enum AskError {
         /// The control socket.
         path: PathBuf,
     },
+    /// It takes longer than one wanted to wait.
+    #[error(
+        "there is no outcome within {0:?}; the upgrade goes on, and a status will show what became of it"
+    )]
+    Late(Duration),
     /// The incumbent closed the connection, but the same generation still serves.
     #[error(
-        "the incumbent closed the connection without saying why, and serves on as generation {generation}"
+        "the incumbent closed the connection without saying why, and serves on as generation {generation}; look at its log"
     )]
     Unchanged {
         /// The generation that serves.
         generation: u64,
     },
     /// The answer makes no sense.
-    #[error("the incumbent answered something else: {0}")]
+    #[error("the incumbent answered something else: {0}; it may be of another version")]
     Unexpected(String),
 }
 
@@ -118,6 +123,7 @@ pub fn ask(path: &Path, mut request: Upgrade, patience: Duration) -> Result<Upgr
             let now = successor(path, &before)?;
             Ok(Upgraded::Replaced { before: Box::new(before), now: Box::new(now) })
         }
+        Err(ClientError::Timeout { timeout, .. }) => Err(AskError::Late(timeout)),
         Err(error) => Err(error.into()),
     }
 }

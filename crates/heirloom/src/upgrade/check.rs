@@ -145,7 +145,7 @@ impl Check {
     fn said(&self) -> String {
         let complaint: Vec<u8> = self.complaint.iter().copied().collect();
         match String::from_utf8_lossy(&complaint).trim() {
-            "" => "; it said nothing".into(),
+            "" => "; it said nothing: is it a program that can be upgraded to?".into(),
             complaint => format!("; it said: {complaint}"),
         }
     }

@@ -64,7 +64,9 @@ pub(super) fn run(args: &Args) -> Result<Exit, Failure> {
                 return Ok(Exit::Done);
             }
             Start::Older(_) => {
-                let error = anyhow!("the incumbent speaks protocol 0, in which no server can be handed over");
+                let error = anyhow!(
+                    "the incumbent speaks protocol 0, in which no server can be handed over; end it first (heirloom quit)"
+                );
                 return Err(Failure::new(Exit::Refused, error));
             }
         }

@@ -74,7 +74,12 @@ impl Server {
             Ok(opened) => Server::new(incumbent, signals, opened),
             Err(error) => {
                 incumbent.retire();
-                Err(error.context(format!("cannot listen at {addresses:?}")))
+                let places: Vec<String> = addresses.iter().map(SocketAddr::to_string).collect();
+                let error = anyhow!(
+                    "cannot listen at {}: {error:#}; give an address of this machine whose port is free",
+                    places.join(" or ")
+                );
+                Err(error)
             }
         }
     }

@@ -52,7 +52,7 @@ pub enum TakeoverError {
     #[error("the takeover ended {0}; {left}", left = left(.0))]
     Ended(Reason),
     /// The successor serves in name, but its own descriptors fail: it cannot go on.
-    #[error("took over, but cannot serve: {0}")]
+    #[error("took over, but cannot serve: {0}; nobody serves now: start again")]
     Serving(#[source] io::Error),
 }
 
