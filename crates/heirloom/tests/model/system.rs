@@ -1,4 +1,5 @@
-//! The two processes, the channel between them, the service lock, and a third process that wants it too.
+//! The two processes, the channel between them, the service lock, an upgrade in place as a rival of the takeover, and a
+//! third process that wants the lock too: a crash restart, or anybody who starts by hand.
 
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,11 @@ pub(crate) enum Weakening {
     NoShutdown,
     /// The incumbent shuts its receiving side but does not read what is left.
     NoDrain,
+    /// The successor takes the end of the channel for a release: without reading what is queued, and without knowing
+    /// that the incumbent has exited.
+    EndIsRelease,
+    /// The incumbent becomes a new program in place while a takeover is going on.
+    ExecBesideTakeover,
 }
 
 pub(crate) struct Takeover {
@@ -34,6 +40,16 @@ enum Process {
     Running,
     Crashed,
     Exited,
+}
+
+/// How far the incumbent is with an upgrade in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum InPlace {
+    No,
+    /// Everything is stopped for an execve, with the lock held.
+    Frozen,
+    /// It is the new program.
+    Done,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,6 +68,9 @@ pub(crate) struct System {
     incumbent_asked: Option<Asked>,
     incumbent_saw_closed: bool,
     incumbent_saw_exited: bool,
+    in_place: InPlace,
+    /// A takeover was asked for and admitted.
+    admitted: bool,
     /// The incumbent's end of the channel.
     incumbent_end: End,
     successor: Successor,
@@ -102,6 +121,10 @@ pub(crate) enum Action {
     IncumbentAnswers,
     IncumbentWithdraws,
     IncumbentCrashes,
+    IncumbentFreezesForExec,
+    ExecFails,
+    ExecSucceeds,
+    SuccessorIsAdmitted,
     SuccessorActs {
         late: bool,
     },
@@ -245,6 +268,15 @@ impl Takeover {
         Some(())
     }
 
+    /// While a takeover is going on no upgrade begins, and the other way round: one at a time over all transports.
+    fn may_exec(&self, state: &System) -> bool {
+        let alone = !state.admitted || state.incumbent_end == End::Closed;
+        match self.weak(Weakening::ExecBesideTakeover) {
+            false => alone && state.incumbent_serves,
+            true => state.incumbent_serves || !alone,
+        }
+    }
+
     fn successor_reads_all(&self, state: &mut System) {
         for message in std::mem::take(&mut state.to_successor) {
             state.successor.handle(self.now, message);
@@ -265,6 +297,16 @@ impl System {
             Process::Crashed => false,
             Process::Exited => !self.server_died,
         }
+    }
+
+    /// Whether a process that neither serves nor will ever serve still holds duplicates of the descriptors. One that lives
+    /// on without a word, against the rules, is not counted: it is ended only if it keeps the lock.
+    pub(crate) fn leaks(&self) -> bool {
+        self.successor_process == Process::Running
+            && !self.successor_serves
+            && !self.successor_sulks
+            && self.admitted
+            && (self.incumbent_end == End::Closed || self.incumbent_process != Process::Running)
     }
 
     pub(crate) fn names(&self) -> (&'static str, &'static str) {
@@ -316,6 +358,8 @@ impl Model for Takeover {
             incumbent_asked: None,
             incumbent_saw_closed: false,
             incumbent_saw_exited: false,
+            in_place: InPlace::No,
+            admitted: false,
             incumbent_end: End::Open,
             successor: Successor::new(self.now, Times::default()),
             successor_process: Process::Running,
@@ -337,7 +381,12 @@ impl Model for Takeover {
     fn actions(&self, state: &System, actions: &mut Vec<Action>) {
         if state.incumbent_process == Process::Running {
             actions.push(Action::IncumbentCrashes);
-            let at_it = state.incumbent_end != End::Closed;
+            match state.in_place {
+                InPlace::No if self.may_exec(state) => actions.push(Action::IncumbentFreezesForExec),
+                InPlace::Frozen => actions.extend([Action::ExecFails, Action::ExecSucceeds]),
+                InPlace::No | InPlace::Done => {}
+            }
+            let at_it = state.admitted && state.incumbent_end != End::Closed;
             if at_it {
                 actions.push(Action::IncumbentActs { late: false });
                 actions.push(Action::IncumbentActs { late: true });
@@ -362,16 +411,24 @@ impl Model for Takeover {
         }
         if state.successor_process == Process::Running {
             actions.push(Action::SuccessorCrashes);
-            if !state.successor_serves && !state.successor_sulks {
+            if !state.admitted {
+                if state.incumbent_process == Process::Running && state.in_place != InPlace::Frozen {
+                    actions.push(Action::SuccessorIsAdmitted);
+                }
+            } else if !state.successor_serves && !state.successor_sulks {
                 actions.push(Action::SuccessorSulks);
                 actions.push(Action::SuccessorActs { late: false });
                 actions.push(Action::SuccessorActs { late: true });
                 if !state.to_successor.is_empty() {
                     actions.push(Action::SuccessorReads);
-                } else {
+                }
+                let reads_first = !self.weak(Weakening::EndIsRelease);
+                if state.to_successor.is_empty() || !reads_first {
                     if state.incumbent_end == End::Closed && !state.successor_saw_closed {
                         actions.push(Action::SuccessorSeesClosed);
                     }
+                }
+                if state.to_successor.is_empty() {
                     if state.incumbent_process != Process::Running && !state.successor_saw_exited {
                         actions.push(Action::SuccessorSeesExited);
                     }
@@ -428,6 +485,25 @@ impl Model for Takeover {
                 state.incumbent_process = Process::Crashed;
                 state.incumbent_gone();
             }
+            Action::IncumbentFreezesForExec => {
+                state.in_place = InPlace::Frozen;
+                state.incumbent_serves = false;
+            }
+            Action::ExecFails => {
+                state.in_place = InPlace::No;
+                state.incumbent_serves = true;
+            }
+            Action::ExecSucceeds => {
+                state.in_place = InPlace::Done;
+                state.incumbent_serves = true;
+                if state.admitted {
+                    // The channel is close-on-exec, and what the machine knew is forgotten.
+                    state.incumbent_end = End::Closed;
+                    state.incumbent_asked = None;
+                    state.to_incumbent.clear();
+                }
+            }
+            Action::SuccessorIsAdmitted => state.admitted = true,
             Action::SuccessorActs { late } => self.successor_acts(&mut state, late)?,
             Action::SuccessorReads => {
                 let message = state.to_successor.remove(0);
@@ -436,6 +512,9 @@ impl Model for Takeover {
             Action::SuccessorSeesClosed => {
                 state.successor_saw_closed = true;
                 state.successor.handle_closed(now);
+                if self.weak(Weakening::EndIsRelease) {
+                    state.successor.handle_exited(now);
+                }
             }
             Action::SuccessorSeesExited => {
                 state.successor_saw_exited = true;
@@ -487,6 +566,14 @@ impl Model for Takeover {
             Property::sometimes("the incumbent resumes after its freeze", |_, state: &System| state.resumed),
             Property::sometimes("the successor inherits from a dead incumbent", |_, state: &System| {
                 state.successor_serves && state.incumbent_process == Process::Crashed
+            }),
+            Property::sometimes(
+                "the incumbent is upgraded in place, and then taken over",
+                |_, state: &System| state.in_place == InPlace::Done && state.successor_serves,
+            ),
+            Property::sometimes("a crash restart serves when both are dead", |_, state: &System| {
+                let dead = |process| process == Process::Crashed;
+                state.third_serves && dead(state.incumbent_process) && dead(state.successor_process)
             }),
             Property::sometimes("the incumbent is superseded", |_, state: &System| {
                 matches!(state.incumbent.outcome(), Some(IncumbentOutcome::Superseded(_)))
