@@ -422,16 +422,14 @@ impl Model for Takeover {
                 if !state.to_successor.is_empty() {
                     actions.push(Action::SuccessorReads);
                 }
-                let reads_first = !self.weak(Weakening::EndIsRelease);
-                if state.to_successor.is_empty() || !reads_first {
-                    if state.incumbent_end == End::Closed && !state.successor_saw_closed {
-                        actions.push(Action::SuccessorSeesClosed);
-                    }
+                let at_the_end = state.to_successor.is_empty();
+                let sees_the_end = at_the_end || self.weak(Weakening::EndIsRelease);
+                if sees_the_end && state.incumbent_end == End::Closed && !state.successor_saw_closed {
+                    actions.push(Action::SuccessorSeesClosed);
                 }
-                if state.to_successor.is_empty() {
-                    if state.incumbent_process != Process::Running && !state.successor_saw_exited {
-                        actions.push(Action::SuccessorSeesExited);
-                    }
+                let incumbent_ended = state.incumbent_process != Process::Running;
+                if at_the_end && incumbent_ended && !state.successor_saw_exited {
+                    actions.push(Action::SuccessorSeesExited);
                 }
                 if state.successor.deadline().is_some() {
                     actions.push(Action::SuccessorTimesOut);
