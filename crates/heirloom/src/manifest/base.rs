@@ -118,6 +118,14 @@ impl Default for Base {
     }
 }
 
+impl ServiceRecord {
+    /// What the process that takes over writes: the same, one generation later.
+    pub(crate) fn succeeded(&self) -> ServiceRecord {
+        // Another process chose the number.
+        ServiceRecord { generation: self.generation.saturating_add(1), ..self.clone() }
+    }
+}
+
 impl Base {
     /// Writes the base down.
     ///

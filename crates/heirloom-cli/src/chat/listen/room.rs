@@ -83,8 +83,10 @@ impl Room {
     pub(super) fn join(&mut self, socket: TcpStream, address: String) -> io::Result<()> {
         let id = self.next_id;
         let client = Client::new(id, socket, address);
+        // Where the counting began is what another process said.
+        let next = id.0.checked_add(1).ok_or_else(|| io::Error::other("no user number is left"))?;
         client.register(&self.registry)?;
-        self.next_id = ItemId(id.0 + 1);
+        self.next_id = ItemId(next);
         let here: Vec<String> =
             self.clients.values().map(|c| format!("{} as <{}>", c.address(), c.name())).collect();
         let here = if here.is_empty() { "nobody".to_owned() } else { here.join(", ") };

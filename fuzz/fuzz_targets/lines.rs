@@ -1,0 +1,7 @@
+//! See the module.
+#![no_main]
+
+#[path = "../../crates/heirloom/tests/fuzz/lines.rs"]
+mod lines;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| lines::run(input));

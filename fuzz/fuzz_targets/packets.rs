@@ -1,0 +1,7 @@
+//! See the module.
+#![no_main]
+
+#[path = "../../crates/heirloom/tests/fuzz/packets.rs"]
+mod packets;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| packets::run(input));
