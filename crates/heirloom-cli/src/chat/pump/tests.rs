@@ -6,6 +6,9 @@ use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::thread;
 
+use heirloom::{Cbor, Codec};
+use proptest::prelude::*;
+use proptest::sample::Index;
 use rustix::io::ioctl_fionread;
 use rustix::net::sockopt::set_socket_linger;
 
@@ -487,4 +490,34 @@ fn a_state_of_another_version_can_be_read() {
     let newer = r#"{"unsent":[104,105],"stdin_open":false,"invented_later":{"a":1}}"#;
     let state: PumpState = serde_json::from_str(newer).unwrap();
     assert_eq!((&state.unsent[..], state.stdin_open), (&b"hi"[..], false));
+}
+
+#[test]
+fn the_state_of_0_1_can_be_read() {
+    let expected = PumpState {
+        unwritten: (0..=255).collect(),
+        unsent: "línea".into(),
+        stdin_open: false,
+        bytes_in: u64::MAX,
+        bytes_out: 7,
+        connection_id: 3,
+        reconnect: serde_json::from_str(r#"{"errors":2}"#).unwrap(),
+    };
+    let released = include_bytes!("../../../tests/fixtures/state-v1/pump.cbor");
+    assert_eq!(Cbor::decode::<PumpState>(released).unwrap(), expected);
+    // This version still writes the same. When it does not any more, that needs a fixture of its own.
+    assert_eq!(Cbor::encode(&expected).unwrap(), released);
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_a_state_or_an_error(cut: Index, at: Index, byte: u8) {
+        let mut bytes = include_bytes!("../../../tests/fixtures/state-v1/pump.cbor").to_vec();
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        bytes.truncate(1 + cut.index(2 * bytes.len()));
+        if let Ok(state) = Cbor::decode::<PumpState>(&bytes) {
+            prop_assert_eq!(Cbor::decode::<PumpState>(&Cbor::encode(&state).unwrap()).unwrap(), state);
+        }
+    }
 }
