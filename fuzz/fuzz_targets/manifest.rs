@@ -1,4 +1,4 @@
-//! See the module.
+//! The target of this name: see docs/fuzzing.md.
 #![no_main]
 
 #[path = "../../crates/heirloom/tests/fuzz/input.rs"]

@@ -27,7 +27,8 @@ fn the_delta_of_0_1_and_what_becomes_of_the_base() {
     assert_eq!(ids, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 42]);
     assert_eq!((now.items[2].state.as_slice(), now.next_id), (&b"\x82\x03\x04"[..], 43));
     assert_eq!(now.state.as_deref(), Some(&b"\x65later"[..]));
-    let counters = BTreeMap::from([("bytes_in".into(), u64::MAX), ("bytes_out".into(), 7), ("new".into(), 1)]);
+    let counters =
+        BTreeMap::from([("bytes_in".into(), u64::MAX), ("bytes_out".into(), 7), ("new".into(), 1)]);
     assert_eq!(now.service, ServiceRecord { counters, ..base().service });
     assert_eq!(now.sections, [base().sections[1].clone(), delta(crc).sections[0].clone()]);
 }

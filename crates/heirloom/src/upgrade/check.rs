@@ -142,9 +142,7 @@ fn judge(answer: &[u8], crc: u32) -> Finding {
         Ok(Verdict::Ready { program, version, crc: read }) if read == crc => {
             Finding::Ready { program, version }
         }
-        Ok(Verdict::Ready { .. }) => {
-            Finding::Failed("it has not read the manifest that it was given".into())
-        }
+        Ok(Verdict::Ready { .. }) => Finding::Failed("it has not read the manifest that it was given".into()),
         Ok(Verdict::Refused { reason }) => Finding::Failed(reason),
         Err(_) => nonsense(answer),
     }

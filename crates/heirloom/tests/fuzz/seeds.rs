@@ -131,7 +131,10 @@ fn lines() -> Seeds {
         ("too-long", [&[9][..], &[b'x'; 101]].concat()),
         ("as-long-as-it-may-be", [&[9][..], &[b'x'; 100], b"\n"].concat()),
         ("nested", [&[255][..], &[b'['; 2000]].concat()),
-        ("wrong-contents", b"\x40{\"Takeover\":{\"pid\":-1}}\n{\"Ping\":1}\n{\"Rotate\":[]}\n{\"a\":1,\"b\":2}\n".to_vec()),
+        (
+            "wrong-contents",
+            b"\x40{\"Takeover\":{\"pid\":-1}}\n{\"Ping\":1}\n{\"Rotate\":[]}\n{\"a\":1,\"b\":2}\n".to_vec(),
+        ),
         ("numbers", b"\x401e999\n-0\n18446744073709551616\n0.30000000000000004\n".to_vec()),
     ]
 }
@@ -139,7 +142,8 @@ fn lines() -> Seeds {
 // ---- Packets ----
 
 fn packets() -> Seeds {
-    let to_successor = |descriptors: u8, message: ToSuccessor| [vec![descriptors], message.to_packet()].concat();
+    let to_successor =
+        |descriptors: u8, message: ToSuccessor| [vec![descriptors], message.to_packet()].concat();
     let to_incumbent = |message: ToIncumbent| [vec![0], message.to_packet()].concat();
     let batch = |ids: u64| ToSuccessor::Batch { ids: (0..ids).map(|id| ItemId(u64::MAX - id)).collect() };
     let abort = to_successor(0, ToSuccessor::abort("the operator says so"));
@@ -249,12 +253,21 @@ fn manifest() -> Seeds {
         ("delta-of-an-item-that-ends", of(&|delta| delta.changed[0].id = delta.ended[0])),
         ("delta-that-adds-what-is-there", of(&|delta| delta.added[0].id = ItemId(5))),
         // {0: {0: "", 1: 0}, 2: [_ of 2^64-1 items], 3: 1}
-        ("items-of-an-unlikely-number", b"\x01\xa3\x00\xa2\x00\x60\x01\x00\x02\x9b\xff\xff\xff\xff\xff\xff\xff\xff\x03\x01".to_vec()),
+        (
+            "items-of-an-unlikely-number",
+            b"\x01\xa3\x00\xa2\x00\x60\x01\x00\x02\x9b\xff\xff\xff\xff\xff\xff\xff\xff\x03\x01".to_vec(),
+        ),
         // {0: …, 1: bytes of which there are too many}
-        ("state-of-an-unlikely-length", b"\x01\xa2\x00\xa2\x00\x60\x01\x00\x01\x5b\xff\xff\xff\xff\xff\xff\xff\xff".to_vec()),
+        (
+            "state-of-an-unlikely-length",
+            b"\x01\xa2\x00\xa2\x00\x60\x01\x00\x01\x5b\xff\xff\xff\xff\xff\xff\xff\xff".to_vec(),
+        ),
         // {4711: [[[…, an unknown key
         ("unknown-key-deeply-nested", [&b"\x01\xa1\x19\x12\x67"[..], &[0x81; 3000]].concat()),
-        ("unknown-key-nested-without-end", [&b"\x01\xa1\x19\x12\x67"[..], &[0x82, 0x9f].repeat(1500)].concat()),
+        (
+            "unknown-key-nested-without-end",
+            [&b"\x01\xa1\x19\x12\x67"[..], &[0x82, 0x9f].repeat(1500)].concat(),
+        ),
     ]
 }
 
@@ -343,7 +356,10 @@ fn state() -> Seeds {
         // {"children": [{"children": [… nested without end.
         ("deep-tree", [&b"\xa1\x68children\x81"[..]].concat().repeat(300)),
         // The same, where each list claims to be long.
-        ("deep-tree-of-unlikely-lengths", b"\xa1\x68children\x9b\x00\x00\x00\xff\xff\xff\xff\xff".repeat(100)),
+        (
+            "deep-tree-of-unlikely-lengths",
+            b"\xa1\x68children\x9b\x00\x00\x00\xff\xff\xff\xff\xff".repeat(100),
+        ),
         // {"Named": {"then": {"Named": …
         ("deep-phase", b"\xa1\x65Named\xa1\x64then".repeat(300)),
         ("ignored-and-deep", [0x81; 3000].to_vec()),
