@@ -236,7 +236,7 @@ impl Case {
                 self.asked = Some(Asked::Relock);
             }
             IncumbentAction::Fence => {
-                assert!(self.drained && self.refused, "nobody is ended who lets go");
+                assert!(self.drained && (self.refused || self.exited), "nobody is ended who lets go");
                 self.exited = true;
                 self.machine.handle_exited(self.now);
             }

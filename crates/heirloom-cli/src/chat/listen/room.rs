@@ -201,11 +201,11 @@ impl Room {
         match client.read(&mut self.buffer) {
             Heard::Nothing => {}
             Heard::Said { bytes, lines, text } => {
-                self.counters.bytes_in += bytes as u64;
+                add(&mut self.counters.bytes_in, bytes as u64);
                 // There may be more, of which the poller does not tell again.
                 self.ready.insert(id);
                 if !self.closing {
-                    self.counters.lines_in += lines;
+                    add(&mut self.counters.lines_in, lines);
                     self.say(Some(id), text);
                 }
             }
@@ -224,7 +224,7 @@ impl Room {
         self.leaving.insert(id, (client, now + LEAVE_WITHIN));
         self.unflushed = true;
         if !self.closing {
-            self.counters.lines_in += u64::from(!last_words.is_empty());
+            add(&mut self.counters.lines_in, u64::from(!last_words.is_empty()));
             self.say(None, last_words);
             self.announce_end(id);
         }
@@ -304,4 +304,9 @@ impl Room {
             }
         }
     }
+}
+
+/// Counts on from where another process has begun, which may be anywhere.
+fn add(counter: &mut u64, more: u64) {
+    *counter = counter.saturating_add(more);
 }

@@ -493,6 +493,34 @@ fn a_state_of_another_version_can_be_read() {
 }
 
 #[test]
+fn counters_that_another_process_has_brought_to_their_end_stay_there() {
+    let mut rig = Rig::new();
+    let mut server = rig.connect();
+    let mut state = rig.pump.state();
+    (state.bytes_in, state.bytes_out, state.connection_id) = (u64::MAX, u64::MAX - 1, u64::MAX);
+    let socket = rig.pump.socket().map(|socket| TcpStream::from(socket.try_clone_to_owned().unwrap()));
+    let (input, output) = (rig.pump.input.fd(), rig.pump.output.fd());
+    let config =
+        config(&rig.listener, input.try_clone_to_owned().unwrap(), output.try_clone_to_owned().unwrap());
+    let mut pump = Pump::resume(config, state, socket);
+    server.write_all(b"in").unwrap();
+    rig.stdin.write_all(b"out").unwrap();
+    let mut came = [0; 3];
+    drive(&mut pump, |pump| pump.bytes_out == u64::MAX && ioctl_fionread(&rig.stdout).unwrap() == 2);
+    server.read_exact(&mut came).unwrap();
+    assert_eq!((&came, pump.bytes_in), (b"out", u64::MAX));
+    // The next connection has the same number, and works.
+    drop(server);
+    rig.listener.set_nonblocking(true).unwrap();
+    let mut again = None;
+    drive(&mut pump, |pump| {
+        again = again.take().or_else(|| rig.listener.accept().ok());
+        again.is_some() && pump.socket().is_some()
+    });
+    assert_eq!(pump.connection_id(), u64::MAX);
+}
+
+#[test]
 fn the_state_of_0_1_can_be_read() {
     let expected = PumpState {
         unwritten: (0..=255).collect(),
