@@ -238,3 +238,16 @@ pub(super) fn check_critical(sections: &[Section], understood: &[&str]) -> Resul
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_generation_has_itself_for_a_successor() {
+        let record =
+            |generation| ServiceRecord { name: "chat".into(), generation, ..ServiceRecord::default() };
+        assert_eq!(record(3).succeeded(), record(4));
+        assert_eq!(record(u64::MAX).succeeded(), record(u64::MAX));
+    }
+}

@@ -310,3 +310,40 @@ impl Room {
 fn add(counter: &mut u64, more: u64) {
     *counter = counter.saturating_add(more);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// A room whose numbers another process has brought to their end.
+    #[test]
+    fn without_a_user_number_nobody_joins_and_counters_stay_at_their_end() {
+        let poll = mio::Poll::new().unwrap();
+        let counters = Counters { lines_in: u64::MAX, bytes_in: u64::MAX - 1, bytes_out: u64::MAX };
+        let registry = poll.registry().try_clone().unwrap();
+        let mut room = Room::new(registry, 1000, ItemId(u64::MAX - 1), counters);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connect = || {
+            let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            ours.set_nonblocking(true).unwrap();
+            (ours, listener.accept().unwrap().0)
+        };
+        let (last, mut theirs) = connect();
+        room.join(last, "somewhere".into()).unwrap();
+        let (one_more, _theirs) = connect();
+        let error = room.join(one_more, "elsewhere".into()).unwrap_err();
+        assert!(error.to_string().contains("no user number is left"), "{error}");
+        assert_eq!(room.len(), 1);
+
+        io::Write::write_all(&mut theirs, b"one\ntwo\n").unwrap();
+        let started = Instant::now();
+        while room.counters().bytes_in < u64::MAX {
+            assert!(started.elapsed() < Duration::from_secs(60), "waited for too long");
+            room.hear_of(ItemId(u64::MAX - 1), true, true);
+            room.turn(Instant::now());
+        }
+        assert_eq!(room.counters(), Counters { lines_in: u64::MAX, bytes_in: u64::MAX, bytes_out: u64::MAX });
+    }
+}
