@@ -192,7 +192,9 @@ fn table(status: &Status, now: SystemTime) -> String {
 }
 
 fn time(unix_ms: u64, now: SystemTime) -> String {
-    let at = UNIX_EPOCH + Duration::from_millis(unix_ms);
+    // What is later cannot be written with four digits for the year; the incumbent says it, be it so or not.
+    const LATEST: Duration = Duration::from_secs(253_402_300_799);
+    let at = UNIX_EPOCH + Duration::from_millis(unix_ms).min(LATEST);
     let ago = now.duration_since(at).unwrap_or_default();
     let ago = Duration::from_secs(ago.as_secs());
     format!("{} ({} ago)", humantime::format_rfc3339_seconds(at), humantime::format_duration(ago))
@@ -228,7 +230,7 @@ mod tests {
                 at_unix_ms: 90_000,
             }),
         };
-        let table = table(&status, UNIX_EPOCH + Duration::from_secs(120));
+        let text = table(&status, UNIX_EPOCH + Duration::from_secs(120));
         for part in [
             "chat 127.0.0.1:1",
             "1970-01-01T00:01:00Z (1m ago)",
@@ -238,7 +240,12 @@ mod tests {
             "at step accept",
             "pause 350 µs",
         ] {
-            assert!(table.contains(part), "{part:?} is not in\n{table}");
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
+
+        // Whatever an incumbent says is shown.
+        let never = Status { started_unix_ms: u64::MAX, pid: u32::MAX, generation: u64::MAX, ..status };
+        let text = table(&never, SystemTime::now());
+        assert!(text.contains("9999-12-31T23:59:59Z (0s ago)"), "{text}");
     }
 }

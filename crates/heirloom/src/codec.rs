@@ -6,7 +6,11 @@
 
 use std::error::Error;
 
+use minicbor::{Decoder, data::Type};
 use serde::{Serialize, de::DeserializeOwned};
+
+/// How deep lists and maps may be nested in what [`Cbor`] encodes and decodes: as deep as serde_json allows.
+pub const DEEPEST: usize = 128;
 
 /// A way to encode state that survives a change of the program.
 ///
@@ -24,13 +28,15 @@ pub trait Codec {
     /// Encodes `value`.
     ///
     /// # Errors
-    /// [`CodecError::Encode`] when the type's own `Serialize` fails, or the format cannot express the value.
+    /// [`CodecError::Encode`] when the type's own `Serialize` fails, or the format cannot express the value;
+    /// [`CodecError::TooDeep`] when it could not be decoded again.
     fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, CodecError>;
 
     /// Decodes a value from exactly `bytes`.
     ///
     /// # Errors
-    /// [`CodecError::Decode`] when the bytes are not a `T`; [`CodecError::Trailing`] when more follows it.
+    /// [`CodecError::Decode`] when the bytes are not a `T`; [`CodecError::Trailing`] when more follows it;
+    /// [`CodecError::TooDeep`].
     fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError>;
 }
 
@@ -44,6 +50,9 @@ pub trait Codec {
 /// A new enum variant is an error for an older program that meets it. `Vec<u8>` becomes an array of numbers,
 /// as everywhere in serde; a type that serializes itself with `serialize_bytes` becomes a byte string, which is
 /// smaller. As with any format, an `Option<Option<T>>` does not tell `Some(None)` from `None`.
+///
+/// What is decoded comes from another process: it may be nested [`DEEPEST`] levels deep at most, so that a type which
+/// contains itself does not overflow the stack, and a list cannot announce more entries than there are bytes.
 ///
 /// ```
 /// use heirloom::codec::{Codec, Cbor};
@@ -64,15 +73,64 @@ pub struct Cbor;
 
 impl Codec for Cbor {
     fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, CodecError> {
-        minicbor_serde::to_vec(value).map_err(|e| CodecError::Encode(Box::new(e)))
+        let bytes = minicbor_serde::to_vec(value).map_err(|e| CodecError::Encode(Box::new(e)))?;
+        // What could not be read again is not written.
+        check_nesting(&bytes)?;
+        Ok(bytes)
     }
 
     fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
+        check_nesting(bytes)?;
         let mut deserializer = minicbor_serde::Deserializer::new(bytes);
         let value = T::deserialize(&mut deserializer).map_err(|e| CodecError::Decode(Box::new(e)))?;
         match bytes.len() - deserializer.decoder().position() {
             0 => Ok(value),
             left => Err(CodecError::Trailing { left }),
+        }
+    }
+}
+
+/// Walks over one value, without recursion, before anything is made of it.
+fn check_nesting(bytes: &[u8]) -> Result<(), CodecError> {
+    let malformed = |error: minicbor::decode::Error| CodecError::Decode(Box::new(error));
+    let mut decoder = Decoder::new(bytes);
+    // How many values each open list still has; `None` until its end is met.
+    let mut open: Vec<Option<u64>> = Vec::new();
+    loop {
+        let kind = decoder.datatype().map_err(malformed)?;
+        let list = match kind {
+            Type::Array | Type::ArrayIndef => Some(decoder.array().map_err(malformed)?),
+            Type::Map | Type::MapIndef => {
+                Some(decoder.map().map_err(malformed)?.map(|pairs| pairs.saturating_mul(2)))
+            }
+            Type::Tag => decoder.tag().map(|_| Some(Some(1))).map_err(malformed)?,
+            Type::Break if open.last() == Some(&None) => {
+                decoder.set_position(decoder.position() + 1);
+                open.pop();
+                None
+            }
+            _ => decoder.skip().map(|()| None).map_err(malformed)?,
+        };
+        if let Some(entries) = list {
+            let left = bytes.len() - decoder.position();
+            if entries.is_some_and(|entries| entries > left as u64) {
+                return Err(malformed(minicbor::decode::Error::message(format!(
+                    "a list has more entries than the {left} bytes that follow"
+                ))));
+            }
+            if open.len() == DEEPEST {
+                return Err(CodecError::TooDeep);
+            }
+            open.push(entries);
+        }
+        // This value was the last of each list that ends here.
+        loop {
+            match open.last_mut() {
+                None => return Ok(()),
+                Some(Some(0)) => drop(open.pop()),
+                Some(Some(left)) => break *left -= 1,
+                Some(None) => break,
+            }
         }
     }
 }
@@ -101,6 +159,9 @@ pub enum CodecError {
         /// How many bytes were left.
         left: usize,
     },
+    /// Lists and maps are in each other too often.
+    #[error("the state is nested more than {DEEPEST} levels deep, which no program would read")]
+    TooDeep,
 }
 
 #[cfg(test)]
@@ -300,5 +361,36 @@ mod tests {
         // An array that claims 2^62 elements, in 9 bytes.
         let bytes = [0x9b, 0x40, 0, 0, 0, 0, 0, 0, 0];
         assert!(matches!(Cbor::decode::<Vec<u64>>(&bytes), Err(CodecError::Decode(_))));
+    }
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Chain {
+        #[serde(default)]
+        next: Option<Box<Chain>>,
+    }
+
+    fn chain(length: usize) -> Chain {
+        (1..length).fold(Chain { next: None }, |next, _| Chain { next: Some(next.into()) })
+    }
+
+    #[test]
+    fn a_type_that_contains_itself_is_read_to_a_depth() {
+        let deepest = chain(DEEPEST);
+        assert_eq!(Cbor::decode::<Chain>(&Cbor::encode(&deepest).unwrap()).unwrap(), deepest);
+        assert!(matches!(Cbor::encode(&chain(DEEPEST + 1)), Err(CodecError::TooDeep)));
+        // Written by a program that has no such bound.
+        let deeper = b"\xa1\x64next".repeat(1_000_000);
+        assert!(matches!(Cbor::decode::<Chain>(&deeper), Err(CodecError::TooDeep)));
+        assert!(matches!(Cbor::decode::<Chain>(&[0xc1; 1_000_000]), Err(CodecError::TooDeep)));
+    }
+
+    #[test]
+    fn depth_is_counted_over_lists_that_have_ended() {
+        // Lists of known and of unknown length, empty ones too, side by side.
+        let list: Vec<(Vec<Vec<u8>>, Option<u8>)> = vec![(vec![vec![], vec![1, 2]], None); 1000];
+        let bytes = Cbor::encode(&list).unwrap();
+        assert_eq!(Cbor::decode::<Vec<(Vec<Vec<u8>>, Option<u8>)>>(&bytes).unwrap(), list);
+        let bytes = [&[0x9f][..], &[0x9f, 0x80, 0x81, 1, 0xff].repeat(1000), &[0xff]].concat();
+        assert_eq!(Cbor::decode::<Vec<Vec<Vec<u8>>>>(&bytes).unwrap(), vec![vec![vec![], vec![1]]; 1000]);
     }
 }

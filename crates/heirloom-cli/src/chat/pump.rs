@@ -383,7 +383,7 @@ impl Pump {
                     Ok(address) => info!("connected to {address}"),
                     Err(_) => info!("connected"),
                 }
-                self.connection_id += 1;
+                self.connection_id = self.connection_id.saturating_add(1);
                 self.reconnect.connected(now);
                 self.link = Link::Connected { socket, broken: None };
             }
@@ -421,7 +421,7 @@ impl Pump {
                 }
                 Ok((_, count)) => {
                     self.from_server.push(&self.scratch[..count]);
-                    self.bytes_in += count as u64;
+                    self.bytes_in = self.bytes_in.saturating_add(count as u64);
                     self.reconnect.delivered();
                 }
                 Err(Errno::AGAIN | Errno::INTR) => {}
@@ -435,7 +435,7 @@ impl Pump {
             match send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     self.from_stdin.consume(count);
-                    self.bytes_out += count as u64;
+                    self.bytes_out = self.bytes_out.saturating_add(count as u64);
                 }
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => *broken = Some(error.into()),

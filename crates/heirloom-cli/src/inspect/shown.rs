@@ -128,4 +128,9 @@ mod tests {
         assert_eq!(state(b""), Value::Null);
         assert_eq!(state(b"\xff\x00\x01"), json!({ "bytes": 3 }));
     }
+
+    #[test]
+    fn what_is_nested_without_end_is_not_shown() {
+        assert_eq!(state(&[0x81; 1_000_000]), json!({ "bytes": 1_000_000 }));
+    }
 }

@@ -118,6 +118,14 @@ impl Default for Base {
     }
 }
 
+impl ServiceRecord {
+    /// What the process that takes over writes: the same, one generation later.
+    pub(crate) fn succeeded(&self) -> ServiceRecord {
+        // Another process chose the number.
+        ServiceRecord { generation: self.generation.saturating_add(1), ..self.clone() }
+    }
+}
+
 impl Base {
     /// Writes the base down.
     ///
@@ -228,5 +236,18 @@ pub(super) fn check_critical(sections: &[Section], understood: &[&str]) -> Resul
     match sections.iter().find(|s| s.critical && !understood.contains(&s.name.as_str())) {
         Some(section) => Err(ManifestError::Critical { name: shortened(&section.name) }),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_generation_has_itself_for_a_successor() {
+        let record =
+            |generation| ServiceRecord { name: "chat".into(), generation, ..ServiceRecord::default() };
+        assert_eq!(record(3).succeeded(), record(4));
+        assert_eq!(record(u64::MAX).succeeded(), record(u64::MAX));
     }
 }

@@ -106,10 +106,10 @@ impl Check {
             complaint.drain(..complaint.len().saturating_sub(KEPT_COMPLAINT));
         });
         if let Some(end) = self.answer.iter().position(|&byte| byte == b'\n') {
-            return Some(self.judge(end));
+            return Some(judge(&self.answer[..end], self.crc));
         }
         if self.answer.len() > LONGEST_ANSWER {
-            return Some(self.nonsense());
+            return Some(nonsense(&self.answer));
         }
         if let Some(status) = ended {
             return Some(Finding::Failed(format!("it ended ({status}) without an answer{}", self.said())));
@@ -117,28 +117,6 @@ impl Check {
         (now >= self.deadline).then(|| {
             Finding::Failed(format!("it did not answer within {:?} and was ended{}", self.limit, self.said()))
         })
-    }
-
-    fn judge(&self, end: usize) -> Finding {
-        match serde_json::from_slice(&self.answer[..end]) {
-            Ok(Verdict::Ready { program, version, crc }) if crc == self.crc => {
-                Finding::Ready { program, version }
-            }
-            Ok(Verdict::Ready { .. }) => {
-                Finding::Failed("it has not read the manifest that it was given".into())
-            }
-            Ok(Verdict::Refused { reason }) => Finding::Failed(reason),
-            Err(_) => self.nonsense(),
-        }
-    }
-
-    fn nonsense(&self) -> Finding {
-        const SHOWN: usize = 80;
-        let answer = String::from_utf8_lossy(&self.answer[..self.answer.len().min(SHOWN)]);
-        Finding::Failed(format!(
-            "it answers {:?}, which is no answer to a preflight; is it a program that can be upgraded to?",
-            answer.trim_end()
-        ))
     }
 
     /// What it has said on stderr, to be appended to a reason.
@@ -156,6 +134,27 @@ impl Drop for Check {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What a child's answer, one line, means. `crc` is the checksum of the manifest that it was given.
+fn judge(answer: &[u8], crc: u32) -> Finding {
+    match serde_json::from_slice(answer) {
+        Ok(Verdict::Ready { program, version, crc: read }) if read == crc => {
+            Finding::Ready { program, version }
+        }
+        Ok(Verdict::Ready { .. }) => Finding::Failed("it has not read the manifest that it was given".into()),
+        Ok(Verdict::Refused { reason }) => Finding::Failed(reason),
+        Err(_) => nonsense(answer),
+    }
+}
+
+fn nonsense(answer: &[u8]) -> Finding {
+    const SHOWN: usize = 80;
+    let answer = String::from_utf8_lossy(&answer[..answer.len().min(SHOWN)]);
+    Finding::Failed(format!(
+        "it answers {:?}, which is no answer to a preflight; is it a program that can be upgraded to?",
+        answer.trim_end()
+    ))
 }
 
 /// Reads all there is, and lets go of a pipe that has ended.
@@ -176,6 +175,7 @@ fn drain(pipe: &mut Option<OwnedFd>, mut into: impl FnMut(&[u8])) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use rustix::event::{PollFd, PollFlags, poll};
 
     use super::*;
@@ -235,5 +235,39 @@ mod tests {
         let why = run(hangs, Duration::from_secs(1));
         assert!(why.contains("did not answer within 1s") && why.ends_with("the last word"), "{why}");
         assert!(why.len() < 2 * KEPT_COMPLAINT, "{}", why.len());
+    }
+
+    /// Bytes that are nearly an answer.
+    fn answers() -> impl Strategy<Value = Vec<u8>> {
+        let answer = prop_oneof![
+            (".*", any::<u32>()).prop_map(|(program, crc)| {
+                serde_json::to_vec(&Verdict::Ready { program, version: "2".into(), crc }).unwrap()
+            }),
+            ".*".prop_map(|reason| serde_json::to_vec(&Verdict::Refused { reason }).unwrap()),
+            prop::collection::vec(any::<u8>(), 0..200),
+        ];
+        (answer, any::<prop::sample::Index>(), any::<Option<u8>>()).prop_map(|(mut answer, at, byte)| {
+            if let (Some(byte), false) = (byte, answer.is_empty()) {
+                let at = at.index(answer.len());
+                answer[at] = byte;
+            }
+            answer
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn only_who_has_read_the_manifest_passes(answer in answers(), crc: u32) {
+            match (judge(&answer, crc), serde_json::from_slice(&answer)) {
+                (Finding::Ready { program, .. }, Ok(Verdict::Ready { program: said, crc: read, .. })) => {
+                    prop_assert_eq!((program, crc), (said, read));
+                }
+                (Finding::Failed(why), Ok(Verdict::Refused { reason })) => prop_assert_eq!(why, reason),
+                (Finding::Failed(_), Ok(Verdict::Ready { crc: read, .. })) => prop_assert_ne!(read, crc),
+                // Of what is no answer only the beginning is shown, however it is written out.
+                (Finding::Failed(why), Err(_)) => prop_assert!(why.len() < 1500),
+                other => prop_assert!(false, "{other:?}"),
+            }
+        }
     }
 }

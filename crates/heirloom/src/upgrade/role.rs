@@ -81,6 +81,10 @@ pub(crate) fn environment(role: Role) -> impl Iterator<Item = (OsString, OsStrin
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -106,5 +110,17 @@ mod tests {
         assert_eq!(environment.iter().filter(|(name, _)| name == VARIABLE).count(), 1);
         assert!(environment.iter().any(|(name, _)| name == "PATH"), "the rest is");
         assert!(is_ours_alone("LISTEN_PID".as_ref()) && !is_ours_alone("LISTEN".as_ref()));
+    }
+
+    proptest! {
+        #[test]
+        fn any_value_is_a_role_or_none(value in prop_oneof![
+            any::<Vec<u8>>(),
+            "(preflight|successor|in-place):-?[0-9]{0,21}(:[+-]?[0-9]{0,21}){0,2}".prop_map(String::into_bytes),
+        ]) {
+            if let Some(role) = Role::parse(&OsString::from_vec(value)) {
+                prop_assert_eq!(Role::parse(role.to_string().as_ref()), Some(role));
+            }
+        }
     }
 }

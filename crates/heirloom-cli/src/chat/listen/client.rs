@@ -163,7 +163,7 @@ impl Client {
             match (&self.socket).write_vectored(&self.outbox.front()) {
                 Ok(count) => {
                     self.outbox.consume(count);
-                    *sent += count as u64;
+                    *sent = sent.saturating_add(count as u64);
                 }
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock => self.blocked = true,

@@ -73,5 +73,32 @@ mod tests {
             prop_assert!(!escaped.chars().any(is_unsafe));
             prop_assert!(escaped.len() <= 4 * line.len());
         }
+
+        #[test]
+        fn what_is_escaped_can_be_told(line: Vec<u8>) {
+            // Without backslashes of its own, a line can be had back.
+            let line: Vec<u8> = line.into_iter().filter(|&byte| byte != b'\\').collect();
+            let (escaped, mut back) = (escaped(&line).into_bytes(), Vec::new());
+            let mut rest = &escaped[..];
+            while let [byte, after @ ..] = rest {
+                let (meant, after) = match byte {
+                    b'\\' => {
+                        let (octal, after) = after.split_at(3);
+                        let octal = std::str::from_utf8(octal).expect("three digits");
+                        (u8::from_str_radix(octal, 8).expect("octal ones"), after)
+                    }
+                    &byte => (byte, after),
+                };
+                back.push(meant);
+                rest = after;
+            }
+            prop_assert_eq!(back, line);
+        }
+
+        #[test]
+        fn lines_one_by_one_are_escaped_as_all_at_once(lines: Vec<Vec<u8>>) {
+            let separate: Vec<String> = lines.iter().map(|line| escaped(line)).collect();
+            prop_assert_eq!(separate.join("\n"), escaped(&lines.join(&b'\n')));
+        }
     }
 }

@@ -83,8 +83,10 @@ impl Room {
     pub(super) fn join(&mut self, socket: TcpStream, address: String) -> io::Result<()> {
         let id = self.next_id;
         let client = Client::new(id, socket, address);
+        // Where the counting began is what another process said.
+        let next = id.0.checked_add(1).ok_or_else(|| io::Error::other("no user number is left"))?;
         client.register(&self.registry)?;
-        self.next_id = ItemId(id.0 + 1);
+        self.next_id = ItemId(next);
         let here: Vec<String> =
             self.clients.values().map(|c| format!("{} as <{}>", c.address(), c.name())).collect();
         let here = if here.is_empty() { "nobody".to_owned() } else { here.join(", ") };
@@ -199,11 +201,11 @@ impl Room {
         match client.read(&mut self.buffer) {
             Heard::Nothing => {}
             Heard::Said { bytes, lines, text } => {
-                self.counters.bytes_in += bytes as u64;
+                add(&mut self.counters.bytes_in, bytes as u64);
                 // There may be more, of which the poller does not tell again.
                 self.ready.insert(id);
                 if !self.closing {
-                    self.counters.lines_in += lines;
+                    add(&mut self.counters.lines_in, lines);
                     self.say(Some(id), text);
                 }
             }
@@ -222,7 +224,7 @@ impl Room {
         self.leaving.insert(id, (client, now + LEAVE_WITHIN));
         self.unflushed = true;
         if !self.closing {
-            self.counters.lines_in += u64::from(!last_words.is_empty());
+            add(&mut self.counters.lines_in, u64::from(!last_words.is_empty()));
             self.say(None, last_words);
             self.announce_end(id);
         }
@@ -301,5 +303,47 @@ impl Room {
                 client.reset(&self.registry);
             }
         }
+    }
+}
+
+/// Counts on from where another process has begun, which may be anywhere.
+fn add(counter: &mut u64, more: u64) {
+    *counter = counter.saturating_add(more);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// A room whose numbers another process has brought to their end.
+    #[test]
+    fn without_a_user_number_nobody_joins_and_counters_stay_at_their_end() {
+        let poll = mio::Poll::new().unwrap();
+        let counters = Counters { lines_in: u64::MAX, bytes_in: u64::MAX - 1, bytes_out: u64::MAX };
+        let registry = poll.registry().try_clone().unwrap();
+        let mut room = Room::new(registry, 1000, ItemId(u64::MAX - 1), counters);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connect = || {
+            let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            ours.set_nonblocking(true).unwrap();
+            (ours, listener.accept().unwrap().0)
+        };
+        let (last, mut theirs) = connect();
+        room.join(last, "somewhere".into()).unwrap();
+        let (one_more, _theirs) = connect();
+        let error = room.join(one_more, "elsewhere".into()).unwrap_err();
+        assert!(error.to_string().contains("no user number is left"), "{error}");
+        assert_eq!(room.len(), 1);
+
+        io::Write::write_all(&mut theirs, b"one\ntwo\n").unwrap();
+        let started = Instant::now();
+        while room.counters().bytes_in < u64::MAX {
+            assert!(started.elapsed() < Duration::from_secs(60), "waited for too long");
+            room.hear_of(ItemId(u64::MAX - 1), true, true);
+            room.turn(Instant::now());
+        }
+        assert_eq!(room.counters(), Counters { lines_in: u64::MAX, bytes_in: u64::MAX, bytes_out: u64::MAX });
     }
 }

@@ -17,7 +17,7 @@ use crate::control::status::LastTakeover;
 use crate::incumbent::Incumbent;
 use crate::item::ItemId;
 use crate::lock::{LockError, LockFile, lock_path};
-use crate::manifest::{Base, ManifestError, ServiceRecord, read_sealed};
+use crate::manifest::{Base, ManifestError, read_sealed};
 use crate::peer::Peer;
 use crate::service::Service;
 use crate::transport::socket::Taken;
@@ -111,8 +111,7 @@ fn take<A: DeserializeOwned>(
         total_us: now_ns.saturating_sub(record.began_at_ns) / 1000,
         at_unix_ms: clock::unix_ms(),
     };
-    let service_record =
-        ServiceRecord { generation: bundle.service().generation + 1, ..bundle.service().clone() };
+    let service_record = bundle.service().succeeded();
     let incumbent =
         Incumbent::serve(listener, path, lock, service.clone(), config.clone(), service_record, Some(last))?;
     let (ours, _) = UnixStream::pair()?;

@@ -37,3 +37,45 @@ impl Record {
         minicbor::decode(&section.bytes).map_err(ManifestError::Malformed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn section(bytes: &[u8]) -> Section {
+        Section { name: SECTION.into(), critical: true, bytes: bytes.into() }
+    }
+
+    #[test]
+    fn what_the_first_version_wrote_is_read() {
+        // {0: [[0, 7], [9, -1]], 1: 8, 2: 2^64-1, 3: 1, 4: 2}
+        let first =
+            b"\xa5\x00\x82\x82\x00\x07\x82\x09\x20\x01\x08\x02\x1b\xff\xff\xff\xff\xff\xff\xff\xff\x03\x01\x04\x02";
+        let record = Record {
+            descriptors: vec![(0, 7), (9, -1)],
+            lock: 8,
+            signal_mask: u64::MAX,
+            frozen_at_ns: 1,
+            began_at_ns: 2,
+        };
+        assert_eq!(Record::from_section(&section(first)).unwrap(), record);
+        assert_eq!(record.to_section().unwrap(), section(first));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_record_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            if let Ok(record) = Record::from_section(&section(&bytes)) {
+                prop_assert_eq!(Record::from_section(&record.to_section().unwrap()).unwrap(), record);
+            }
+        }
+
+        #[test]
+        fn records_come_back(descriptors: Vec<(u64, i32)>, lock: i32, signal_mask: u64, at: u64) {
+            let record = Record { descriptors, lock, signal_mask, frozen_at_ns: at, began_at_ns: at / 2 };
+            prop_assert_eq!(Record::from_section(&record.to_section().unwrap()).unwrap(), record);
+        }
+    }
+}

@@ -26,7 +26,7 @@ use crate::control::status::LastTakeover;
 use crate::incumbent::Incumbent;
 use crate::item::{Entry, ItemId};
 use crate::lock::{Holding, LockFile};
-use crate::manifest::{Base, Delta, Header, ServiceRecord, read_sealed};
+use crate::manifest::{Base, Delta, Header, read_sealed};
 use crate::peer::Peer;
 use crate::protocol::{
     self, Cause, Reason, Step, SuccessorAction, SuccessorOutcome, ToIncumbent, ToSuccessor,
@@ -502,8 +502,7 @@ impl Takeover {
         let Holding::Held(lock) = std::mem::replace(&mut self.lock, Holding::Moving) else {
             return Err(TakeoverError::Serving(io::Error::other("the service lock is not held")));
         };
-        let record =
-            ServiceRecord { generation: bundle.service().generation + 1, ..bundle.service().clone() };
+        let record = bundle.service().succeeded();
         let last = LastTakeover {
             outcome: "taken".into(),
             reason: None,
