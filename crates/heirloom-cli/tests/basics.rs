@@ -106,7 +106,8 @@ fn no_crash_point_is_in_the_program() {
     let names: Vec<&str> = points.chain(["HEIRLOOM_CRASH"]).collect();
     assert!(names.contains(&"incumbent.delta-sent"), "{names:?}");
     let program = std::fs::read(env!("CARGO_BIN_EXE_heirloom")).expect("a program");
+    let program = String::from_utf8_lossy(&program);
     for name in names {
-        assert!(!program.windows(name.len()).any(|part| part == name.as_bytes()), "{name} is in the program");
+        assert!(!program.contains(name), "{name} is in the program");
     }
 }

@@ -1,4 +1,4 @@
-//! A process dies, hangs or is stopped at every point of a takeover and of an upgrade in place: as the tables of
+//! A process dies, hangs or is stopped at every point of a takeover and of an upgrade: as the tables of
 //! `docs/guarantees.md` say, one process serves afterwards and not a byte is missing, or the only server was the one that
 //! died. It prints what came of each.
 //!
@@ -19,13 +19,14 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crash::table::{Act, IN_PLACE, Row, Sees, Serves, TAKEOVER};
+use crash::table::{Act, IN_PLACE, Outcome, Row, Sees, Serves, TAKEOVER};
 use crash::talk::{Program, Talk};
 use heirloom::control::LastTakeover;
 use heirloom::crash::Point;
 use heirloom::lock::{LockFile, lock_path};
 use rustix::process::Signal;
 use support::proc::{has_ended, signal};
+use support::upgrading::{EndsServing, Place};
 use support::*;
 
 /// How many cells are played at the same time: most of them wait for a time limit of the takeover.
@@ -37,6 +38,7 @@ const DEADLINE: Duration = Duration::from_secs(120);
 struct Cell {
     row: &'static Row,
     act: Act,
+    expected: Outcome,
     program: Program,
     play: Play,
 }
@@ -47,18 +49,26 @@ type Play = fn(&Cell) -> String;
 #[test]
 fn at_every_point_one_serves_or_the_only_server_has_died() {
     heirloom::descriptors::raise_limit().expect("setrlimit");
-    let tables: [(&[Row], Play); 2] = [(TAKEOVER, take_over), (IN_PLACE, in_place)];
     let mut cells = Vec::new();
     for act in Act::ALL {
-        for (rows, play) in tables {
-            for row in rows {
-                let crowded = matches!(row.point, Point::BatchSent | Point::BatchRead);
-                let server = if crowded { Program::Crowded } else { Program::Server };
-                // Which of two that are continued at once is the faster is not settled.
-                if !(act == Act::Pause && row.incumbent_gives_up()) {
-                    cells.extend([Program::Client, server].map(|program| Cell { row, act, program, play }));
-                }
-            }
+        let cell =
+            |row, play: Play, program| Cell { row, act, expected: Row::expected(row, act), program, play };
+        // Which of two that are continued at once is the faster is not settled.
+        for row in TAKEOVER.iter().filter(|row| act != Act::Pause || !row.incumbent_gives_up()) {
+            let crowded = matches!(row.point, Point::BatchSent | Point::BatchRead);
+            let server = if crowded { Program::Crowded } else { Program::Server };
+            cells.extend([Program::Client, server].map(|program| cell(row, take_over, program)));
+        }
+        for row in IN_PLACE {
+            cells.extend([Program::Client, Program::Server].map(|program| cell(row, in_place, program)));
+        }
+        if act != Act::Pause {
+            let preflight = IN_PLACE.iter().filter(|row| !row.point.name().starts_with("in-place"));
+            let takeover = TAKEOVER.iter().filter(|row| !row.incumbent_gives_up());
+            cells.extend(preflight.chain(takeover).map(|row| Cell {
+                expected: row.expected_beside(act),
+                ..cell(row, beside, Program::Client)
+            }));
         }
     }
     // Those that wait for a limit first.
@@ -84,7 +94,7 @@ fn at_every_point_one_serves_or_the_only_server_has_died() {
     played.sort_by_key(|(cell, ..)| (order(cell.row.point), cell.act as u8, cell.program as u8));
     let mut failed = 0;
     for (cell, came, took) in &played {
-        let (serves, sees) = cell.row.expected(cell.act);
+        let (serves, sees) = cell.expected;
         let mut line =
             format!("{:<27} {:<6} {:<9}", cell.row.point.name(), text(cell.act), text(cell.program));
         match came {
@@ -115,11 +125,9 @@ fn every_point_is_in_the_tables_and_in_the_program() {
     let rows: Vec<Point> = TAKEOVER.iter().chain(IN_PLACE).map(|row| row.point).collect();
     assert!(rows == Point::ALL);
     let program = std::fs::read(env!("CARGO_BIN_EXE_heirloom")).expect("a program");
+    let program = String::from_utf8_lossy(&program);
     for name in Point::ALL.iter().map(|point| point.name()).chain(["HEIRLOOM_CRASH_POINT"]) {
-        assert!(
-            program.windows(name.len()).any(|part| part == name.as_bytes()),
-            "{name} is not in the program"
-        );
+        assert!(program.contains(name), "{name} is not in the program");
     }
 }
 
@@ -176,7 +184,7 @@ struct Two {
 /// Plays a cell of [`TAKEOVER`].
 fn take_over(cell: &Cell) -> String {
     let (point, act) = (cell.row.point, cell.act);
-    let (serves, sees) = cell.row.expected(act);
+    let (serves, sees) = cell.expected;
     let scratch = Scratch::new();
     let control = scratch.path("chat.sock");
     let plan = Plan::new(point, act, &scratch);
@@ -321,13 +329,13 @@ impl Two {
 /// Plays a cell of [`IN_PLACE`].
 fn in_place(cell: &Cell) -> String {
     let (point, act) = (cell.row.point, cell.act);
-    let (serves, sees) = cell.row.expected(act);
+    let (serves, sees) = cell.expected;
     let scratch = Scratch::new();
     let control = scratch.path("chat.sock");
     let plan = Plan::new(point, act, &scratch);
     let (talk, mut process) = Talk::start(cell.program, &control, |command| plan.give(command));
     talk.goes_on();
-    let mut upgrade = upgrade_in_place(&control);
+    let mut upgrade = upgrade(&control, Place::InPlace);
     let actor = plan.wait();
     let in_preflight = point.name().starts_with("preflight");
     assert_eq!(actor != process.id(), in_preflight);
@@ -363,7 +371,7 @@ fn in_place(cell: &Cell) -> String {
     talk.goes_on();
     assert_eq!(proc::children(process.id()), "");
     // The same program, with the same plan, which is done with.
-    upgrade_in_place(&control).wait_for_code(0);
+    self::upgrade(&control, Place::InPlace).wait_for_code(0);
     assert_eq!(support::status(&control).generation, generation + 1);
     talk.goes_on();
     talk.ends_exact();
@@ -371,9 +379,74 @@ fn in_place(cell: &Cell) -> String {
     last_line(&upgrade)
 }
 
-fn upgrade_in_place(control: &Path) -> Process {
+/// Plays a cell of [`TAKEOVER`], or the preflight of one, in which the incumbent starts the successor.
+fn beside(cell: &Cell) -> String {
+    let (point, act) = (cell.row.point, cell.act);
+    let (serves, sees) = cell.expected;
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let plan = Plan::new(point, act, &scratch);
+    let (talk, mut incumbent) = Talk::start(cell.program, &control, |command| plan.give(command));
+    let _ends = EndsServing(control.clone());
+    talk.goes_on();
+    let mut asked = upgrade(&control, Place::Beside);
+    let actor = plan.wait();
+    let at_incumbent = actor == incumbent.id();
+    if sees == Sees::Nothing {
+        talk.goes_on();
+    }
+    // The preflight goes by itself.
+    let awaited = at_incumbent && act != Act::Kill && point != Point::PreflightStarted;
+    if awaited && serves != Serves::Successor {
+        let successor = proc::only_child(incumbent.id());
+        wait_for("the successor to give up", || has_ended(successor));
+    } else if act == Act::Stop && at_incumbent && awaited {
+        wait_for("the successor to serve", || incumbent.stderr().contains("took over"));
+    } else if act == Act::Stop && !at_incumbent {
+        wait_for("the incumbent to decide", || !asked.is_running() || !incumbent.is_running());
+    }
+    if act == Act::Stop && !has_ended(actor) {
+        signal(actor, Signal::CONT);
+    }
+    if serves == Serves::Nobody {
+        if !at_incumbent {
+            assert_eq!(incumbent.wait_for_exit().code(), Some(0), "{}", incumbent.stderr());
+        }
+        if act == Act::Hang {
+            signal(actor, Signal::KILL);
+        }
+        // The connection ends with the last process that has it.
+        talk.breaks_off();
+        incumbent.wait_for_exit();
+        asked.wait_for_code(1);
+        assert!(try_status(&control).is_none() && !is_locked(&control));
+        let (_talk, fresh) = Talk::start(cell.program, &control, |_| {});
+        assert_eq!(status(&control).pid, fresh.id());
+        return last_line(&asked);
+    }
+    let hangs = at_incumbent && act == Act::Hang;
+    // Whoever asked the one that hangs waits for it.
+    if hangs {
+        wait_for_generation(&control, 1);
+    } else {
+        asked.wait_for_code(if serves == Serves::Successor { 0 } else { 5 });
+    }
+    assert_eq!(incumbent.is_running(), hangs || serves == Serves::Incumbent, "{}", incumbent.stderr());
+    let before = status(&control);
+    assert_eq!(before.generation, u64::from(serves == Serves::Successor));
+    assert!(is_locked(&control));
+    talk.goes_on();
+    // The same program, with the same plan, which is done with.
+    upgrade(&control, Place::Beside).wait_for_code(0);
+    assert_eq!(status(&control).generation, before.generation + 1);
+    talk.goes_on();
+    talk.ends_exact();
+    format!("beside: {}", came(before.last_takeover))
+}
+
+fn upgrade(control: &Path, place: Place) -> Process {
     let mut command = heirloom();
-    command.args(["upgrade", "--in-place", "--control"]).arg(control).stdin(Stdio::null());
+    command.arg("upgrade").args(place.options()).arg("--control").arg(control).stdin(Stdio::null());
     Process::start(&mut command)
 }
 

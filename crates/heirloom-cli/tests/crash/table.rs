@@ -129,6 +129,15 @@ impl Row {
         }
     }
 
+    /// What is expected if it is the incumbent that has started the successor.
+    pub(crate) fn expected_beside(&self, act: Act) -> Outcome {
+        match (self.point, act) {
+            // Its incumbent waits for it to ask, and ends it.
+            (Point::Connected, Act::Stop) => INC_NOTHING,
+            _ => self.expected(act),
+        }
+    }
+
     /// Whether the point is on the way of an incumbent that gives a takeover up.
     pub(crate) fn incumbent_gives_up(&self) -> bool {
         matches!(self.point, Point::AbortSent | Point::Drained | Point::Relocked)
