@@ -11,8 +11,8 @@ mod crash {
 mod stream;
 mod support;
 
+use std::any::Any;
 use std::collections::VecDeque;
-use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -33,90 +33,124 @@ use support::*;
 const AT_ONCE: usize = 32;
 /// How long a cell may take on a loaded machine; the longest time limit in it is 30 s.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// What a successor can cause, 6 s, and as much again for a loaded machine.
+const LONGEST_PAUSE_US: u64 = 12_000_000;
 
 /// What is played: a row with an act, on a program.
 struct Cell {
+    way: Way,
     row: &'static Row,
     act: Act,
-    expected: Outcome,
     program: Program,
-    play: Play,
 }
 
-/// Plays a cell, and says what came of it.
-type Play = fn(&Cell) -> String;
+/// How the service changes hands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// The successor was started by hand.
+    Takeover,
+    /// The incumbent becomes the successor.
+    InPlace,
+    /// The incumbent starts the successor.
+    Beside,
+}
+
+impl Cell {
+    fn expected(&self) -> Outcome {
+        match self.way {
+            Way::Takeover | Way::InPlace => self.row.expected(self.act),
+            Way::Beside => self.row.expected_beside(self.act),
+        }
+    }
+
+    /// Plays it, and says what came of it.
+    fn play(&self) -> String {
+        match self.way {
+            Way::Takeover => take_over(self),
+            Way::InPlace => in_place(self),
+            Way::Beside => beside(self),
+        }
+    }
+
+    /// Its place in the printed table.
+    fn place(&self) -> (Option<usize>, u8, u8, u8) {
+        let point = Point::ALL.iter().position(|point| *point == self.row.point);
+        (point, self.way as u8, self.act as u8, self.program as u8)
+    }
+}
+
+/// A cell that was played, what came of it or why it failed, and how long it took.
+type Played = (Cell, Result<String, String>, Duration);
 
 #[test]
 fn at_every_point_one_serves_or_the_only_server_has_died() {
     heirloom::descriptors::raise_limit().expect("setrlimit");
+    let mut played = play(cells());
+    played.sort_by_key(|(cell, ..)| cell.place());
+    for (cell, came, took) in &played {
+        let Cell { way, row, act, program } = cell;
+        let (serves, sees) = cell.expected();
+        let came = match came {
+            Ok(came) => format!("{serves:?}, {sees:?}: {came}"),
+            Err(why) => format!("FAILED, instead of {serves:?}, {sees:?}: {why}"),
+        };
+        let what = format!("{:<27} {way:?}, {act:?}, {program:?}", row.point.name());
+        println!("{what:<56} {came} ({:.1} s)", took.as_secs_f32());
+    }
+    let failed = played.iter().filter(|(_, came, _)| came.is_err()).count();
+    println!("{} cells, {failed} failed", played.len());
+    assert_eq!(failed, 0);
+}
+
+/// Everything that is played; what waits for a time limit comes first.
+fn cells() -> Vec<Cell> {
     let mut cells = Vec::new();
     for act in Act::ALL {
-        let cell =
-            |row, play: Play, program| Cell { row, act, expected: Row::expected(row, act), program, play };
+        let cell = |way, row, program| Cell { way, row, act, program };
         // Which of two that are continued at once is the faster is not settled.
         for row in TAKEOVER.iter().filter(|row| act != Act::Pause || !row.incumbent_gives_up()) {
             let crowded = matches!(row.point, Point::BatchSent | Point::BatchRead);
             let server = if crowded { Program::Crowded } else { Program::Server };
-            cells.extend([Program::Client, server].map(|program| cell(row, take_over, program)));
+            cells.extend([Program::Client, server].map(|program| cell(Way::Takeover, row, program)));
         }
         for row in IN_PLACE {
-            cells.extend([Program::Client, Program::Server].map(|program| cell(row, in_place, program)));
+            cells.extend([Program::Client, Program::Server].map(|program| cell(Way::InPlace, row, program)));
         }
         if act != Act::Pause {
             let preflight = IN_PLACE.iter().filter(|row| !row.point.name().starts_with("in-place"));
             let takeover = TAKEOVER.iter().filter(|row| !row.incumbent_gives_up());
-            cells.extend(preflight.chain(takeover).map(|row| Cell {
-                expected: row.expected_beside(act),
-                ..cell(row, beside, Program::Client)
-            }));
+            cells.extend(preflight.chain(takeover).map(|row| cell(Way::Beside, row, Program::Client)));
         }
     }
-    // Those that wait for a limit first.
     cells.sort_by_key(|cell| matches!(cell.act, Act::Kill | Act::Pause));
-    let total = cells.len();
+    cells
+}
+
+/// Plays them, many at a time.
+fn play(cells: Vec<Cell>) -> Vec<Played> {
     let queue = Mutex::new(VecDeque::from(cells));
-    let played = Mutex::new(Vec::new());
+    let next = || queue.lock().expect("no panic while taking").pop_front();
+    let play_some = || -> Vec<Played> {
+        std::iter::from_fn(next)
+            .map(|cell| {
+                let began = Instant::now();
+                let came = catch_unwind(AssertUnwindSafe(|| cell.play())).map_err(why);
+                let took = began.elapsed();
+                let came = came.and_then(|came| if took < DEADLINE { Ok(came) } else { Err("late".into()) });
+                (cell, came, took)
+            })
+            .collect()
+    };
     std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
-            scope.spawn(|| {
-                loop {
-                    let cell = queue.lock().expect("no panic while taking").pop_front();
-                    let Some(cell) = cell else { return };
-                    let began = Instant::now();
-                    let came = catch_unwind(AssertUnwindSafe(|| (cell.play)(&cell)));
-                    let took = began.elapsed();
-                    played.lock().expect("no panic while keeping").push((cell, came, took));
-                }
-            });
-        }
-    });
-    let mut played = played.into_inner().expect("no panic while keeping");
-    played.sort_by_key(|(cell, ..)| (order(cell.row.point), cell.act as u8, cell.program as u8));
-    let mut failed = 0;
-    for (cell, came, took) in &played {
-        let (serves, sees) = cell.expected;
-        let mut line =
-            format!("{:<27} {:<6} {:<9}", cell.row.point.name(), text(cell.act), text(cell.program));
-        match came {
-            Ok(came) if *took < DEADLINE => {
-                let _ = write!(line, "{:<10} {:<8} {came}", text(serves), text(sees));
-            }
-            Ok(_) => line.push_str("LATE"),
-            Err(_) => line.push_str("FAILED"),
-        }
-        failed += usize::from(line.ends_with("LATE") || line.ends_with("FAILED"));
-        println!("{line} ({:.1} s)", took.as_secs_f32());
-    }
-    assert_eq!(failed, 0, "{failed} of {total} cells failed: see their panics");
-    println!("{total} cells");
+        let players: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(play_some)).collect();
+        players.into_iter().flat_map(|player| player.join().expect("it catches panics")).collect()
+    })
 }
 
-fn text(word: impl std::fmt::Debug) -> String {
-    format!("{word:?}").to_lowercase()
-}
-
-fn order(point: Point) -> Option<usize> {
-    Point::ALL.iter().position(|other| *other == point)
+/// What a panic says.
+fn why(panic: Box<dyn Any + Send>) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default()
 }
 
 /// No point is left out, and none is in the program by another name.
@@ -184,7 +218,7 @@ struct Two {
 /// Plays a cell of [`TAKEOVER`].
 fn take_over(cell: &Cell) -> String {
     let (point, act) = (cell.row.point, cell.act);
-    let (serves, sees) = cell.expected;
+    let (serves, sees) = cell.expected();
     let scratch = Scratch::new();
     let control = scratch.path("chat.sock");
     let plan = Plan::new(point, act, &scratch);
@@ -231,12 +265,13 @@ fn take_over(cell: &Cell) -> String {
             let may_be_missed = point == Point::ReadySent && act == Act::Kill;
             if !at_incumbent && !may_be_missed {
                 assert_eq!(pause.is_some(), sees == Sees::Pause, "{}", two.incumbent.stderr());
+                assert!(pause.unwrap_or(0) < LONGEST_PAUSE_US, "{pause:?}: {}", two.incumbent.stderr());
             }
             if at_incumbent || act != Act::Hang {
                 two.successor_fails();
             }
         }
-        Serves::Successor => two.successor_serves(!(at_incumbent && act == Act::Hang)),
+        Serves::Successor => two.successor_serves(if at_incumbent { act } else { Act::Stop }),
         Serves::Nobody => {
             if at_incumbent {
                 two.successor_fails();
@@ -302,12 +337,15 @@ impl Two {
         assert!(!said.contains("took over"), "{said}");
     }
 
-    fn successor_serves(&mut self, incumbent_ends: bool) {
+    /// It does, and the incumbent has ended, as far as what it did lets it.
+    fn successor_serves(&mut self, incumbent: Act) {
         // Until it has read `Taken` an incumbent answers as well.
-        if incumbent_ends {
-            let ended = self.incumbent.wait();
-            assert!(matches!(ended.code(), Some(0) | None), "{ended}: {}", self.incumbent.stderr());
+        match incumbent {
+            Act::Hang => assert!(self.incumbent.is_running()),
+            Act::Kill => assert_eq!(self.incumbent.wait().code(), None),
+            Act::Stop | Act::Pause => self.incumbent.wait_for_code(0),
         }
+        wait_for_generation(&self.control, 1);
         let status = status(&self.control);
         assert_eq!((status.pid, status.generation), (self.successor.id(), 1));
         assert!(self.successor.is_running(), "{}", self.successor.stderr());
@@ -329,7 +367,7 @@ impl Two {
 /// Plays a cell of [`IN_PLACE`].
 fn in_place(cell: &Cell) -> String {
     let (point, act) = (cell.row.point, cell.act);
-    let (serves, sees) = cell.expected;
+    let (serves, sees) = cell.expected();
     let scratch = Scratch::new();
     let control = scratch.path("chat.sock");
     let plan = Plan::new(point, act, &scratch);
@@ -382,7 +420,7 @@ fn in_place(cell: &Cell) -> String {
 /// Plays a cell of [`TAKEOVER`], or the preflight of one, in which the incumbent starts the successor.
 fn beside(cell: &Cell) -> String {
     let (point, act) = (cell.row.point, cell.act);
-    let (serves, sees) = cell.expected;
+    let (serves, sees) = cell.expected();
     let scratch = Scratch::new();
     let control = scratch.path("chat.sock");
     let plan = Plan::new(point, act, &scratch);
@@ -441,7 +479,7 @@ fn beside(cell: &Cell) -> String {
     assert_eq!(status(&control).generation, before.generation + 1);
     talk.goes_on();
     talk.ends_exact();
-    format!("beside: {}", came(before.last_takeover))
+    came(before.last_takeover)
 }
 
 fn upgrade(control: &Path, place: Place) -> Process {

@@ -15,7 +15,7 @@ use crate::stream::{self, Stream};
 use crate::support::ears::{Ear, last, numbered};
 use crate::support::guests::{Guest, address_of, listening};
 use crate::support::upgrading::Reader;
-use crate::support::{Process, chat, wait_for, wait_until_connected};
+use crate::support::{LONG, Process, chat, wait_for, wait_until_connected};
 
 /// The pause between two things that one says.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -271,6 +271,7 @@ impl Talker {
     fn start(mut guest: Guest, mut ear: Ear, other: String, pause: Duration) -> Talker {
         let (stop, heard): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
         let mouth = guest.socket().try_clone().expect("dup");
+        mouth.set_write_timeout(Some(LONG)).expect("setsockopt");
         let talking = std::thread::spawn({
             let stop = stop.clone();
             move || talk(mouth, &stop, pause)

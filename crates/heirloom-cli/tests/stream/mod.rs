@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::support::{Process, wait_for};
+use crate::support::{LONG, Process, wait_for};
 
 /// How many lines are sent between two pauses.
 const BURST: u64 = 10;
@@ -114,6 +114,8 @@ pub(crate) fn line(number: u64) -> Vec<u8> {
 }
 
 fn send(mut connection: TcpStream, stop: &AtomicBool, pause: Duration) -> std::io::Result<u64> {
+    // So that a test fails where nobody reads any more.
+    connection.set_write_timeout(Some(LONG))?;
     let mut lines = 0;
     while !stop.load(Ordering::SeqCst) {
         let burst: Vec<u8> = (lines..lines + BURST).flat_map(line).collect();
