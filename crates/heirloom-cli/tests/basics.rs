@@ -96,3 +96,18 @@ fn a_demonstration_that_is_interrupted_cleans_up() {
     assert!(demo.stderr().contains("interrupted"), "{}", demo.stderr());
     assert_eq!(std::fs::read_dir(&directory).expect("a directory").count(), 0, "something was left behind");
 }
+
+/// What a test can make a process do (`tests/crash_matrix.rs`) is not in a program that is built as usual.
+#[test]
+#[cfg(not(feature = "crash-points"))]
+fn no_crash_point_is_in_the_program() {
+    let documentation = include_str!("../../../docs/guarantees.md");
+    let points = documentation.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    let names: Vec<&str> = points.chain(["HEIRLOOM_CRASH"]).collect();
+    assert!(names.contains(&"incumbent.delta-sent"), "{names:?}");
+    let program = std::fs::read(env!("CARGO_BIN_EXE_heirloom")).expect("a program");
+    let program = String::from_utf8_lossy(&program);
+    for name in names {
+        assert!(!program.contains(name), "{name} is in the program");
+    }
+}

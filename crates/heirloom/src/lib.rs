@@ -38,6 +38,10 @@ mod clock;
 pub mod codec;
 pub mod config;
 pub mod control;
+#[cfg(feature = "crash-points")]
+pub mod crash;
+#[cfg(not(feature = "crash-points"))]
+mod crash;
 pub mod descriptors;
 pub mod incumbent;
 pub mod item;

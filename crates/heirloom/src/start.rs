@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::control::client::{Client, ClientError};
 use crate::control::path::{PathError, bind, prepare_directory};
 use crate::control::request::{Failure, Hello, NoRequests, Reply, Request, Welcome};
+use crate::crash::{self, Point};
 use crate::descriptors;
 use crate::incumbent::Incumbent;
 use crate::lock::{LockError, LockFile, ServiceLock, lock_path};
@@ -236,10 +237,12 @@ fn ask<A: DeserializeOwned>(
         generation: None,
     };
     client.set_timeout(config.times.offer);
+    crash::reach(Point::Connected);
     // An incumbent of protocol 0 ignores the first line and answers the second.
     let sent = client
         .send(&Request::<NoRequests>::Takeover(hello))
         .and_then(|()| client.send(&Request::<NoRequests>::Ping));
+    crash::reach(Point::HelloSent);
     let received = match sent {
         // It may have answered all the same, before it closed or while it died.
         Ok(()) | Err(ClientError::Closed { .. }) => client.receive(),
@@ -273,6 +276,7 @@ fn admitted<A: DeserializeOwned>(
     service: &Service,
     config: &Config,
 ) -> Result<Start<A>, StartError> {
+    crash::reach(Point::WelcomeRead);
     // The incumbent made the channel, so its credentials name it; those of the control socket may name a dead ancestor.
     let incumbent = Peer::of(&channel)?;
     config.peers.check(&incumbent).map_err(StartError::Untrusted)?;

@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::support::{Process, wait_for};
+use crate::support::{LONG, Process, wait_for};
 
-/// How many lines are sent between two pauses of [`PAUSE`].
+/// How many lines are sent between two pauses.
 const BURST: u64 = 10;
+/// How long such a pause is, if nothing else is said.
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// The server, with the one connection that it ever gets: another one would mean that the first was lost.
@@ -26,6 +27,11 @@ pub(crate) struct Stream {
 
 impl Stream {
     pub(crate) fn start() -> Self {
+        Stream::start_paced(PAUSE)
+    }
+
+    /// Like [`Stream::start`], with pauses of this length.
+    pub(crate) fn start_paced(pause: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = listener.local_addr().expect("bound").to_string();
         let (stop, connections) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
@@ -37,7 +43,7 @@ impl Stream {
                 let (connection, _) = listener.accept().expect("accept");
                 connections.fetch_add(1, Ordering::SeqCst);
                 listen(connection.try_clone().expect("dup"), heard);
-                send(connection, &stop)
+                send(connection, &stop, pause)
             }
         });
         Stream { address, stop, connections, sender: Some(sender), listener, heard }
@@ -57,6 +63,15 @@ impl Stream {
     pub(crate) fn ends_exact(&mut self, from: usize, processes: &[&Process]) {
         let written = || processes.iter().map(|process| process.stdout_len()).sum();
         self.ends_exact_on(from, written, || processes.iter().flat_map(|process| process.stdout()).collect());
+    }
+
+    /// Waits until the connection is lost, and fails unless what was found is the stream's beginning.
+    #[track_caller]
+    pub(crate) fn breaks_off(&mut self, found: impl Fn() -> Vec<u8>) {
+        let sender = self.sender.take().expect("ends once");
+        wait_for("the connection to be lost", || sender.is_finished());
+        sender.join().expect("no panic").expect_err("the connection is lost");
+        assert_beginning(&found());
     }
 
     /// Ends the stream. When so much of it has come, what was found is all of it from byte `from` on.
@@ -86,18 +101,27 @@ impl Stream {
     }
 }
 
+/// Fails unless this is what has been sent, up to anywhere.
+#[track_caller]
+fn assert_beginning(found: &[u8]) {
+    let expected: Vec<u8> = (0..).flat_map(line).take(found.len()).collect();
+    assert!(found == expected, "differs: {:?}", String::from_utf8_lossy(found));
+}
+
 /// The line with this number.
 pub(crate) fn line(number: u64) -> Vec<u8> {
     format!("{number:010} is the number of this line and of no other\n").into_bytes()
 }
 
-fn send(mut connection: TcpStream, stop: &AtomicBool) -> std::io::Result<u64> {
+fn send(mut connection: TcpStream, stop: &AtomicBool, pause: Duration) -> std::io::Result<u64> {
+    // So that a test fails where nobody reads any more.
+    connection.set_write_timeout(Some(LONG))?;
     let mut lines = 0;
     while !stop.load(Ordering::SeqCst) {
         let burst: Vec<u8> = (lines..lines + BURST).flat_map(line).collect();
         connection.write_all(&burst)?;
         lines += BURST;
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(pause);
     }
     Ok(lines)
 }

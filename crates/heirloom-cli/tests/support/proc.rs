@@ -101,10 +101,19 @@ pub(crate) fn environment(pid: u32) -> Vec<String> {
 
 /// Whether a process has ended, waited for or not.
 pub(crate) fn has_ended(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-    // The state comes after the name, which is in brackets.
-    stat.is_err()
-        || stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X'])))
+    matches!(state(pid), None | Some('Z' | 'X'))
+}
+
+/// Whether a process was stopped by a signal.
+pub(crate) fn is_stopped(pid: u32) -> bool {
+    state(pid) == Some('T')
+}
+
+/// The letter of its state, while it is there.
+fn state(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // It comes after the name, which is in brackets.
+    stat.rsplit(") ").next()?.chars().next()
 }
 
 /// The file of the program that the process runs.

@@ -10,6 +10,7 @@ use crate::channel::Channel;
 use crate::clock;
 use crate::control::request::{Failure, FailureCode, Hello, Reply, VersionRange, Welcome};
 use crate::control::status::LastTakeover;
+use crate::crash::{self, Point};
 use crate::peer::Peer;
 use crate::protocol;
 use crate::transport::socket::takeover::Takeover;
@@ -34,6 +35,7 @@ impl<A> Incumbent<A> {
         match admitted {
             Ok((protocol, peer, channel, other)) => {
                 tracing::info!(successor = %peer, program = hello.program, version = hello.version, "takeover begins");
+                crash::reach(Point::HelloAdmitted);
                 let welcome = Reply::Takeover(Welcome {
                     protocol,
                     generation: self.record.generation,

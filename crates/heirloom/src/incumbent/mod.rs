@@ -29,6 +29,7 @@ use crate::clock;
 use crate::config::Config;
 use crate::control::request::{FailureCode, NoRequests, Reply, Request, RequestError};
 use crate::control::status::{ItemStatus, LastTakeover, Status};
+use crate::crash::{self, Point};
 use crate::descriptors::{Wait, send_with};
 use crate::item::ItemId;
 use crate::kind::Kind;
@@ -411,9 +412,13 @@ impl<A> Incumbent<A> {
         while let Some(takeover) = &mut self.takeover {
             match takeover.run(now) {
                 None => break,
-                Some(Task::Unlock) => self.lock.release(),
+                Some(Task::Unlock) => {
+                    self.lock.release();
+                    crash::reach(Point::LockReleased);
+                }
                 Some(Task::Relock) => {
                     if self.lock.try_take() {
+                        crash::reach(Point::Relocked);
                         takeover.machine.relocked();
                     } else {
                         takeover.machine.lock_held(now);

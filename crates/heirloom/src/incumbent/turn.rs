@@ -14,6 +14,7 @@ use super::connection::{ConnectionId, failure};
 use crate::bundle::Bundle;
 use crate::clock;
 use crate::control::request::{FailureCode, ManifestSummary, NoRequests, Reply};
+use crate::crash::{self, Point};
 use crate::item::{CONTROL_NAME, Entry, ItemId};
 use crate::kind::Kind;
 use crate::manifest::{Base, Delta, ManifestError, ServiceRecord, seal};
@@ -436,6 +437,7 @@ impl<A> Incumbent<A> {
         let encoded = delta.encode(&self.config.limits)?;
         takeover.bytes += encoded.bytes.len() as u64;
         takeover.delta = Some(seal("delta", &encoded.bytes)?);
+        crash::reach(Point::DeltaSealed);
         takeover.machine.frozen(Instant::now(), late);
         Ok(())
     }

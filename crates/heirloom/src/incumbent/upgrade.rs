@@ -16,6 +16,7 @@ use super::turn::{HandoverError, Outcome};
 use crate::clock;
 use crate::control::request::{Failure, FailureCode, Reply};
 use crate::control::status::LastTakeover;
+use crate::crash::{self, Point};
 use crate::item::ItemId;
 use crate::manifest::{Base, Delta, seal};
 use crate::peer::Peer;
@@ -178,6 +179,7 @@ impl<A> Incumbent<A> {
         });
         match started {
             Ok(check) => {
+                crash::reach(Point::PreflightStarted);
                 let offered = Offered { base, crc: encoded.crc, memfd };
                 running.phase = Phase::Check { check, offered, bytes: encoded.bytes.len() as u64 };
             }
@@ -374,6 +376,7 @@ impl<A> Incumbent<A> {
         let Phase::Frozen { offered, signal_mask, frozen_at_ns } = &mut running.phase else {
             return Err(std::io::Error::other("the upgrade is not frozen").into());
         };
+        crash::reach(Point::FrozenInPlace);
         let base = std::mem::take(&mut offered.base);
         let (signal_mask, frozen_at_ns, began_at_ns) = (*signal_mask, *frozen_at_ns, running.began_at_ns);
         let (launch, crc) = (running.launch.clone(), offered.crc);

@@ -13,6 +13,7 @@ use super::role::{Role, parent};
 use crate::bundle::BundleError;
 use crate::codec::{Cbor, Codec};
 use crate::config::Config;
+use crate::crash::{self, Point};
 use crate::item::Entry;
 use crate::manifest::{Base, Header, ManifestError, Section, read_sealed};
 use crate::service::Service;
@@ -95,6 +96,7 @@ impl Preflight {
                 schema: base.service.schema,
             });
         }
+        crash::reach(Point::PreflightRead);
         Ok(Preflight { base, crc: Header::read(&bytes)?.crc, service: service.clone() })
     }
 
@@ -125,6 +127,7 @@ impl Preflight {
     /// Those of write(2): nobody waits for the answer any more.
     pub fn pass(self) -> io::Result<()> {
         let Service { program, version, .. } = self.service;
+        crash::reach(Point::PreflightAnswering);
         answer(&Verdict::Ready { program, version, crc: self.crc })
     }
 

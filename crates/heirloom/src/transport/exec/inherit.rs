@@ -14,6 +14,7 @@ use crate::bundle::{Bundle, BundleError};
 use crate::clock;
 use crate::config::Config;
 use crate::control::status::LastTakeover;
+use crate::crash::{self, Point};
 use crate::incumbent::Incumbent;
 use crate::item::ItemId;
 use crate::lock::{LockError, LockFile, lock_path};
@@ -68,6 +69,7 @@ pub(crate) fn inherit<A: DeserializeOwned>(
     let Some(Role::InPlace { manifest, .. }) = Role::of_this_process() else { return Ok(None) };
     // Not open, or opened here: then everything was taken before, and the variable is only left over.
     let Ok(manifest) = adopt(manifest) else { return Ok(None) };
+    crash::reach(Point::ManifestAdopted);
     let bytes = read_sealed(&manifest, config.limits.manifest_bytes)?;
     let base = Base::decode(&bytes, &config.limits)?;
     base.check_sections(&[SECTION])?;
@@ -91,6 +93,7 @@ fn take<A: DeserializeOwned>(
     };
     let lock = adopted(&|| "the service lock".into(), record.lock)?;
     let lock = LockFile::adopt(lock_path(path), lock)?.try_lock().map_err(|(_, error)| error)?;
+    crash::reach(Point::LockAdopted);
     let descriptors = record
         .descriptors
         .iter()
@@ -98,6 +101,7 @@ fn take<A: DeserializeOwned>(
         .collect::<Result<BTreeMap<_, _>, InPlaceError>>()?;
     let items = descriptors.len() as u64;
     let mut bundle = Bundle::from_parts(base, descriptors)?;
+    crash::reach(Point::BundleMade);
     let listener = bundle.take_id::<UnixListener>(ItemId::CONTROL)?.descriptor;
     let now_ns = clock::monotonic_ns();
     let pause = Duration::from_nanos(now_ns.saturating_sub(record.frozen_at_ns));
@@ -115,5 +119,6 @@ fn take<A: DeserializeOwned>(
     let incumbent =
         Incumbent::serve(listener, path, lock, service.clone(), config.clone(), service_record, Some(last))?;
     let (ours, _) = UnixStream::pair()?;
+    crash::reach(Point::ServingInPlace);
     Ok(Taken { bundle, incumbent, from: Peer::of(&ours)?, pause })
 }

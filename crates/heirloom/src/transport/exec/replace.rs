@@ -10,6 +10,7 @@ use heirloom_sys::SignalMask;
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 
 use super::record::Record;
+use crate::crash::{self, Point};
 use crate::item::ItemId;
 use crate::limits::Limits;
 use crate::manifest::{Base, ManifestError, seal};
@@ -73,6 +74,7 @@ pub(crate) fn replace<'d>(
         Ok(manifest) => manifest,
         Err(error) => return format!("cannot write the manifest: {error}"),
     };
+    crash::reach(Point::ManifestSealed);
     let role = Role::InPlace { incumbent: std::process::id(), manifest: manifest.as_raw_fd() };
     let call = match Call::prepare(launch, role) {
         Ok(call) => call,
@@ -81,7 +83,10 @@ pub(crate) fn replace<'d>(
     open.extend(duplicates.iter().map(AsFd::as_fd));
     open.extend([beside.lock, manifest.as_fd()]);
     let error = match open.iter().try_for_each(|fd| fcntl_setfd(fd, FdFlags::empty())) {
-        Ok(()) => call.execute(),
+        Ok(()) => {
+            crash::reach(Point::LeftOpen);
+            call.execute()
+        }
         Err(error) => error.into(),
     };
     for fd in open {
@@ -124,6 +129,7 @@ impl Call {
     }
 
     fn execute(&self) -> io::Error {
+        crash::reach(Point::BeforeExec);
         heirloom_sys::execve(&self.program, &self.arguments, &self.environment)
     }
 }

@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::control::path::relisten;
 use crate::control::request::Welcome;
 use crate::control::status::LastTakeover;
+use crate::crash::{self, Point};
 use crate::incumbent::Incumbent;
 use crate::item::{Entry, ItemId};
 use crate::lock::{Holding, LockFile};
@@ -292,15 +293,22 @@ impl Takeover {
                 match action {
                     SuccessorAction::Send(message) => self.send(&message),
                     SuccessorAction::Prepare => match self.check_offer() {
-                        Ok(()) => return Stop::Prepare,
+                        Ok(()) => {
+                            crash::reach(Point::OfferChecked);
+                            return Stop::Prepare;
+                        }
                         Err(error) => self.machine.abort(error),
                     },
                     SuccessorAction::Decide => match self.check_everything() {
-                        Ok(()) => return Stop::Decide,
+                        Ok(()) => {
+                            crash::reach(Point::AllChecked);
+                            return Stop::Decide;
+                        }
                         Err(error) => self.machine.abort(error),
                     },
                     SuccessorAction::Lock => {
                         if self.lock.try_take() {
+                            crash::reach(Point::LockTaken);
                             self.machine.locked();
                         } else {
                             self.machine.lock_held(now);
@@ -353,6 +361,7 @@ impl Takeover {
                     let result = ToSuccessor::from_packet(&bytes, descriptors.len())
                         .map_err(|error| error.to_string())
                         .and_then(|message| self.keep(&message, descriptors).map(|()| message));
+                    result.iter().for_each(read);
                     match result {
                         Ok(message) => self.machine.handle(now, message),
                         Err(what) => self.machine.handle_nonsense(what),
@@ -440,7 +449,7 @@ impl Takeover {
 
     fn send(&mut self, message: &ToIncumbent) {
         match self.send_patiently(message) {
-            Ok(()) => {}
+            Ok(()) => sent(message),
             Err(SendError::Closed) => {
                 self.receive_all();
                 self.machine.handle_closed(Instant::now());
@@ -450,8 +459,12 @@ impl Takeover {
     }
 
     fn commit(&mut self) {
+        crash::reach(Point::Committing);
         match self.send_patiently(&ToIncumbent::Taken) {
-            Ok(()) => self.machine.committed(),
+            Ok(()) => {
+                crash::reach(Point::TakenSent);
+                self.machine.committed();
+            }
             Err(SendError::Closed) => self.machine.refused(Instant::now()),
             Err(error) => {
                 self.machine.abort(format_args!("cannot commit: {error}"));
@@ -516,6 +529,27 @@ impl Takeover {
         let incumbent =
             Incumbent::serve(listener, &self.path, lock, self.service, self.config, record, Some(last))
                 .map_err(TakeoverError::Serving)?;
+        crash::reach(Point::Serving);
         Ok(Taken { bundle, incumbent, from: self.incumbent, pause })
+    }
+}
+
+/// The points that lie behind the reading of a message.
+fn read(message: &ToSuccessor) {
+    match message {
+        ToSuccessor::Offer => crash::reach(Point::BaseRead),
+        ToSuccessor::Batch { .. } => crash::reach(Point::BatchRead),
+        ToSuccessor::Freeze => crash::reach(Point::FreezeRead),
+        ToSuccessor::Released => crash::reach(Point::ReleasedRead),
+        ToSuccessor::Offered | ToSuccessor::Abort { .. } => {}
+    }
+}
+
+/// The points that lie behind the sending of a message.
+fn sent(message: &ToIncumbent) {
+    match message {
+        ToIncumbent::Ready => crash::reach(Point::ReadySent),
+        ToIncumbent::Accept => crash::reach(Point::AcceptSent),
+        ToIncumbent::Credit | ToIncumbent::Taken | ToIncumbent::Abort { .. } => {}
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::channel::{Channel, Incoming, SendError};
 use crate::clock;
 use crate::control::request::Hello;
+use crate::crash::{self, Point};
 use crate::item::ItemId;
 use crate::manifest::Base;
 use crate::peer::Peer;
@@ -97,12 +98,16 @@ impl Takeover {
                 IncumbentAction::Send(ToSuccessor::Batch { ids }) => self.want = Some(Want::Batch(ids)),
                 IncumbentAction::Send(message) => self.send(now, message),
                 IncumbentAction::Freeze => {
+                    crash::reach(Point::FreezeAsked);
                     self.frozen_at_ns = Some(clock::monotonic_ns());
                     self.want = Some(Want::Freeze);
                 }
                 IncumbentAction::Drain => {
                     let _ = self.channel.shutdown_receive();
                     self.receive_all(now);
+                    if self.machine.outcome().is_none() {
+                        crash::reach(Point::Drained);
+                    }
                     self.machine.drained(now);
                 }
                 IncumbentAction::Fence => {
@@ -129,7 +134,10 @@ impl Takeover {
         let count = alive.len() as u64;
         let packet = ToSuccessor::Batch { ids: alive }.to_packet();
         match self.channel.send(&packet, &descriptors) {
-            Ok(()) => self.items += count,
+            Ok(()) => {
+                self.items += count;
+                crash::reach(Point::BatchSent);
+            }
             Err(SendError::Full | SendError::InFlight { .. }) => {
                 self.blocked = Some((ToSuccessor::Batch { ids }, now + RETRY));
             }
@@ -144,7 +152,10 @@ impl Takeover {
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Packet { bytes, descriptors }) => {
                     match ToIncumbent::from_packet(&bytes, descriptors.len()) {
-                        Ok(message) => self.machine.handle(now, message),
+                        Ok(message) => {
+                            read(&message);
+                            self.machine.handle(now, message);
+                        }
                         Err(error) => self.machine.handle_nonsense(error),
                     }
                 }
@@ -177,7 +188,7 @@ impl Takeover {
         };
         let descriptors: Vec<BorrowedFd<'_>> = attached.into_iter().collect();
         match self.channel.send(&message.to_packet(), &descriptors) {
-            Ok(()) => {}
+            Ok(()) => sent(&message),
             Err(SendError::Full | SendError::InFlight { .. }) => {
                 // Behind an Abort that does not fit nothing may happen: a successor that does not read is ended.
                 if matches!(message, ToSuccessor::Abort { .. }) {
@@ -204,5 +215,26 @@ impl Takeover {
             SendError::Closed => self.closed(now),
             error => self.machine.abort(format_args!("cannot send to the successor: {error}")),
         }
+    }
+}
+
+/// The points that lie behind the reading of a message.
+fn read(message: &ToIncumbent) {
+    match message {
+        ToIncumbent::Accept => crash::reach(Point::AcceptRead),
+        ToIncumbent::Taken => crash::reach(Point::TakenRead),
+        ToIncumbent::Credit | ToIncumbent::Ready | ToIncumbent::Abort { .. } => {}
+    }
+}
+
+/// The points that lie behind the sending of a message.
+fn sent(message: &ToSuccessor) {
+    match message {
+        ToSuccessor::Offer => crash::reach(Point::OfferBegun),
+        ToSuccessor::Offered => crash::reach(Point::OfferSent),
+        ToSuccessor::Freeze => crash::reach(Point::DeltaSent),
+        ToSuccessor::Released => crash::reach(Point::ReleasedSent),
+        ToSuccessor::Abort { .. } => crash::reach(Point::AbortSent),
+        ToSuccessor::Batch { .. } => {}
     }
 }
