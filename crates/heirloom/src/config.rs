@@ -2,7 +2,7 @@
 
 use crate::limits::Limits;
 use crate::peer::PeerPolicy;
-use crate::protocol::Times;
+use crate::protocol::{Fencing, Times};
 
 /// The settings of either side; the defaults suit most programs.
 ///
@@ -21,4 +21,6 @@ pub struct Config {
     pub limits: Limits,
     /// How long each side waits for the other.
     pub times: Times,
+    /// What the incumbent does about an aborted successor that keeps the service lock. By default it is killed.
+    pub fencing: Fencing,
 }

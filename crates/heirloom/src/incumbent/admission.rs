@@ -46,7 +46,7 @@ impl<A> Incumbent<A> {
                 if let Some(connection) = self.connections.get_mut(&id) {
                     connection.send(welcome.to_line(), vec![other]);
                 }
-                let machine = protocol::Incumbent::new(now, self.config.times);
+                let machine = protocol::Incumbent::new(now, self.config.times).fencing(self.config.fencing);
                 self.takeover = Some(Box::new(Takeover::new(machine, channel, peer, hello)));
             }
             Err(refusal) => {
