@@ -15,7 +15,7 @@ use crate::protocol::{Fencing, Times};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct Config {
-    /// Which users' processes may ask anything at the control socket.
+    /// Which users' and groups' processes may ask anything at the control socket.
     pub peers: PeerPolicy,
     /// What is accepted from the other side at most.
     pub limits: Limits,
