@@ -47,7 +47,10 @@ impl From<StartError> for Failure {
     fn from(error: StartError) -> Self {
         let exit = match &error {
             StartError::Nobody(_) => Exit::NobodyThere,
-            StartError::AlreadyServed(_) | StartError::Refused(_) | StartError::Untrusted(_) => Exit::Refused,
+            StartError::AlreadyServed(_)
+            | StartError::Refused(_)
+            | StartError::Untrusted(_)
+            | StartError::Version { .. } => Exit::Refused,
             StartError::Client(ClientError::Permission { .. }) => Exit::Refused,
             _ => Exit::Failed,
         };

@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
@@ -10,10 +11,14 @@ use std::time::Instant;
 use heirloom::control::Client;
 use heirloom::peer::Peer;
 use heirloom::{Config, NoRequests, Replace, Service, Start};
+use support::generations::{accept, listen, nobody_else_came};
+use support::random::Random;
 use support::*;
 
 /// How many times processes race for one path.
 const ROUNDS: usize = 20;
+/// How many times processes that go about it differently do.
+const MIXED_ROUNDS: usize = 200;
 
 /// A successor that has everything, with the incumbent frozen, and waits.
 fn freeze(control: &Path, address: &str) -> Process {
@@ -153,6 +158,68 @@ fn of_several_that_may_replace_one_serves_in_the_end() {
         }
         assert_eq!(status.generation, replaced, "each that was replaced made a generation");
     }
+}
+
+/// Some may replace, some must, some may not; and at every other path lie the socket and the lock file of one that was killed.
+/// There is a server that counts who comes anew: however it ends, one has served afresh, once.
+#[test]
+fn however_several_go_about_it_one_serves_afresh_and_one_in_the_end() {
+    let mut random = Random::seeded();
+    let mut ended = BTreeMap::<_, usize>::new();
+    for (round, count) in [2, 5].into_iter().cycle().take(MIXED_ROUNDS).enumerate() {
+        let scratch = Scratch::new();
+        let control = scratch.path("chat.sock");
+        if round % 4 < 2 {
+            leave_a_socket_behind(&control);
+        }
+        let (listener, address) = listen();
+        // One at least that starts where nobody is.
+        let ways = (0..count).map(|number| {
+            let ways = if number == 0 { &["never", "try"][..] } else { &["never", "try", "must"] };
+            ways[random.below(ways.len() as u64) as usize]
+        });
+        let mut all: Vec<_> = ways
+            .map(|way| (way, Process::start(&mut chat(&address, &control, &["--replace", way]))))
+            .collect();
+        wait_for("all but one to end", || {
+            all.iter_mut().map(|(_, one)| one.is_running()).filter(|running| *running).count() == 1
+        });
+        let status = status(&control);
+        let mut replaced = 0;
+        for (way, mut one) in all {
+            if one.is_running() {
+                assert_eq!(one.id(), status.pid, "round {round}");
+                continue;
+            }
+            let code = one.wait().code().expect("it ended by itself");
+            let said = one.stderr();
+            let as_it_should = match (code, way) {
+                (0, _) => said.contains("replaced by"),
+                (3, "must") => said.contains("nobody"),
+                (4, "never") => said.contains("already serves"),
+                (4, _) => said.contains("a takeover by pid"),
+                _ => false,
+            };
+            assert!(as_it_should, "round {round}, --replace {way}, code {code}: {said}");
+            replaced += u64::from(code == 0);
+            *ended.entry((way, code)).or_default() += 1;
+        }
+        assert_eq!(status.generation, replaced, "each that was replaced made a generation");
+        drop(accept(&listener));
+        nobody_else_came(listener);
+    }
+    println!("{ended:?}");
+    let all = [("try", 0), ("must", 3), ("never", 4)];
+    assert!(all.iter().all(|end| ended.contains_key(end)), "too little has happened: {ended:?}");
+}
+
+/// As a crash does: a socket at which nobody listens, and the lock file, which nobody holds.
+fn leave_a_socket_behind(control: &Path) {
+    let (_listener, _, mut dead) = connected_chat(control);
+    dead.kill();
+    dead.wait();
+    assert!(control.exists() && heirloom::lock::lock_path(control).exists());
+    assert!(Client::connect(control).is_err());
 }
 
 #[test]

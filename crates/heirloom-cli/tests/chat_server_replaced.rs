@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use heirloom::control::LastTakeover;
@@ -15,16 +15,13 @@ use rustix::process::Signal;
 use support::ears::*;
 use support::generations::Generations;
 use support::guests::*;
+use support::talk::Talk;
 use support::*;
 
 /// How often the server is replaced, by takeover and in place in turn.
 const REPLACEMENTS: u64 = 50;
 /// How many talk all the time.
 const TALKERS: usize = 50;
-/// Every so many of them sends each byte by itself.
-const STUTTERS: usize = 10;
-/// How many lines a talker says ahead of the others, who have to be heard.
-const AHEAD: u64 = 4;
 /// How many lines are said to one who does not read: more than the kernel keeps for it (tcp_wmem is 4 MiB at most by
 /// default).
 const UNHEARD: u64 = 120_000;
@@ -196,106 +193,6 @@ fn replace(generations: &mut Generations, round: u64, control: &Path, options: &
         return generations.upgrade_in_place();
     }
     generations.replace(Process::start(&mut listening("127.0.0.1:0", control, options)))
-}
-
-/// Everybody who talks all the time.
-struct Talk {
-    stop: Arc<AtomicBool>,
-    /// How many lines the first one has said.
-    progress: Arc<AtomicU64>,
-    threads: Vec<JoinHandle<Talker>>,
-}
-
-impl Talk {
-    fn start(guests: Vec<Guest>, names: &[String]) -> Talk {
-        let (stop, progress): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
-        let talker = |(number, guest): (usize, Guest)| {
-            let mut talker = Talker {
-                ear: Ear::from_the_start(
-                    // Of those who came later it hears that they came.
-                    &names[..number],
-                ),
-                stutters: number % STUTTERS == 0,
-                said: 0,
-                heard: Vec::new(),
-                others: names.iter().filter(|name| **name != guest.name).cloned().collect(),
-                guest,
-            };
-            let (stop, progress) =
-                (stop.clone(), if number == 1 { progress.clone() } else { Arc::default() });
-            std::thread::spawn(move || {
-                talker.talk(&stop, &progress);
-                talker
-            })
-        };
-        let threads = guests.into_iter().enumerate().map(talker).collect();
-        Talk { stop, progress, threads }
-    }
-
-    /// Waits until everybody has said some more.
-    fn wait_for_progress(&self) {
-        let before = self.progress.load(Ordering::Relaxed);
-        wait_for("the talk to go on", || {
-            assert!(!self.threads.iter().any(JoinHandle::is_finished), "somebody has stopped talking");
-            self.progress.load(Ordering::Relaxed) >= before + 2 * AHEAD
-        });
-    }
-
-    /// Lets everybody come to an end.
-    fn finish(self) -> Vec<Talker> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.threads.into_iter().map(|thread| thread.join().expect("everything is heard")).collect()
-    }
-}
-
-struct Talker {
-    guest: Guest,
-    ear: Ear,
-    stutters: bool,
-    said: u64,
-    /// By the number of a line, how many of the others have said it.
-    heard: Vec<usize>,
-    others: HashSet<String>,
-}
-
-impl Talker {
-    /// Talks until it is to stop, and listens until all others have stopped.
-    fn talk(&mut self, stop: &AtomicBool, progress: &AtomicU64) {
-        let (mut ended, mut others_ended) = (false, 0);
-        while !ended || others_ended < self.others.len() {
-            while !ended && (stop.load(Ordering::Relaxed) || self.is_its_turn()) {
-                ended = stop.load(Ordering::Relaxed);
-                let line = if ended { last(self.said) } else { numbered(self.said) };
-                if self.stutters {
-                    line.bytes().for_each(|byte| self.guest.say([byte]));
-                } else {
-                    self.guest.say(line);
-                }
-                self.said += 1;
-                progress.store(self.said, Ordering::Relaxed);
-            }
-            if others_ended == self.others.len() {
-                continue;
-            }
-            let line = self.guest.line();
-            if let Some(heard) = self.ear.hear(&line) {
-                // Visitors and the like count for nothing.
-                let number = heard.number as usize;
-                self.heard.resize(self.heard.len().max(number + 1), 0);
-                let is_talker = self.others.contains(&heard.who);
-                self.heard[number] += usize::from(is_talker);
-                others_ended += usize::from(is_talker && heard.is_last);
-            }
-        }
-    }
-
-    /// Whether all others have been heard, up to a few lines.
-    fn is_its_turn(&self) -> bool {
-        match self.said.checked_sub(AHEAD) {
-            None => true,
-            Some(number) => self.heard.get(number as usize) == Some(&self.others.len()),
-        }
-    }
 }
 
 /// Reads what one hears who has not read until now: the last lines of these have to be in it.

@@ -7,6 +7,7 @@ mod support;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 use heirloom::NoRequests;
 use heirloom::control::{Client, FailureCode, Reply, Request, Status};
@@ -16,6 +17,7 @@ use rustix::process::Signal;
 use stream::Stream;
 use support::generations::{Sender, accept, assert_same, listen, read_all};
 use support::proc::{has_ended, only_child, program, settled_footprint, signal, wait_for_footprint};
+use support::random::Random;
 use support::upgrading::*;
 use support::*;
 
@@ -483,6 +485,45 @@ fn of_many_upgrades_at_once_each_is_done_or_refused() {
         assert!((1..=done as u64).contains(&generation), "generation {generation} after {done} upgrades");
         serving.finish();
     }
+}
+
+/// Three ask over and over, each as soon as it has its answer, for either kind: one upgrade follows another at once, often by whoever
+/// has only just begun to serve.
+#[test]
+fn upgrades_back_to_back_by_several_who_ask() {
+    const ASKERS: usize = 3;
+    const EACH: usize = 8;
+    let mut serving = Serving::start(&[]);
+    let random = Mutex::new(Random::seeded());
+    let done = std::thread::scope(|scope| {
+        let (serving, random) = (&serving, &random);
+        let ask = || {
+            let mut done = 0;
+            while done < EACH {
+                let place = Place::BOTH[random.lock().expect("no panic").below(2) as usize];
+                let asked = serving.upgrade(place.options());
+                match asked.code {
+                    Some(0) => done += 1,
+                    // Another one's is going on.
+                    _ => drop(asked.failed(4, &[])),
+                }
+            }
+            done
+        };
+        let asking: Vec<_> = (0..ASKERS).map(|_| scope.spawn(ask)).collect();
+        asking.into_iter().map(|one| one.join().expect("it is waited for")).sum::<usize>()
+    });
+    let generation = serving.status().generation;
+    // Who asks one that is just being replaced may be told of the upgrade that is going on anyway.
+    assert!(
+        (EACH as u64..=done as u64).contains(&generation),
+        "generation {generation} after {done} upgrades"
+    );
+    println!("{done} were done, in {generation} generations");
+    // The last one is as good as the first.
+    serving.upgrades(Place::Beside, &[]);
+    serving.upgrades(Place::InPlace, &[]);
+    serving.finish();
 }
 
 /// While the new program looks at the manifest, the connection in it is lost, and another one made.

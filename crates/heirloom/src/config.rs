@@ -2,7 +2,7 @@
 
 use crate::limits::Limits;
 use crate::peer::PeerPolicy;
-use crate::protocol::Times;
+use crate::protocol::{Fencing, Times};
 
 /// The settings of either side; the defaults suit most programs.
 ///
@@ -15,10 +15,12 @@ use crate::protocol::Times;
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct Config {
-    /// Which users' processes may ask anything at the control socket.
+    /// Which users' and groups' processes may ask anything at the control socket.
     pub peers: PeerPolicy,
     /// What is accepted from the other side at most.
     pub limits: Limits,
     /// How long each side waits for the other.
     pub times: Times,
+    /// What the incumbent does about an aborted successor that keeps the service lock. By default it is killed.
+    pub fencing: Fencing,
 }

@@ -121,15 +121,20 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Which users may ask: by default our own effective user and root.
+/// Which users and groups may ask: by default our own effective user and root.
+///
+/// What counts is the peer's effective uid and gid at the time of its `connect`, as the kernel tells them (`SO_PEERCRED`);
+/// supplementary groups do not. Whoever is let in also has to reach the socket, which is made with mode 0600 in a private
+/// directory: opening these two to the user or the group is left to whoever configures it.
 ///
 /// The overflow uid, which stands for every user that our user namespace does not know, is refused
-/// even when it is listed (`/proc/sys/kernel/overflowuid`, 65534 unless set otherwise).
+/// even when it is listed (`/proc/sys/kernel/overflowuid`, 65534 unless set otherwise), whatever the gid. The overflow gid
+/// lets nobody in either (`/proc/sys/kernel/overflowgid`).
 ///
 /// ```
 /// use heirloom::peer::{Peer, PeerPolicy};
 ///
-/// let policy = PeerPolicy::default().allow_uid(1000);
+/// let policy = PeerPolicy::default().allow_uid(1000).allow_gid(27);
 /// let (ours, _theirs) = std::os::unix::net::UnixStream::pair()?;
 /// assert!(policy.check(&Peer::of(&ours)?).is_ok());
 /// # std::io::Result::Ok(())
@@ -137,7 +142,9 @@ impl fmt::Display for Peer {
 #[derive(Debug, Clone)]
 pub struct PeerPolicy {
     uids: BTreeSet<u32>,
-    overflow: u32,
+    gids: BTreeSet<u32>,
+    overflow_uid: u32,
+    overflow_gid: u32,
 }
 
 /// A peer that may not ask.
@@ -170,17 +177,24 @@ impl PeerPolicy {
         self
     }
 
+    /// Lets every process ask whose effective group this is, of whatever user.
+    #[must_use]
+    pub fn allow_gid(mut self, gid: u32) -> PeerPolicy {
+        self.gids.insert(gid);
+        self
+    }
+
     /// Whether this peer may ask.
     ///
     /// # Errors
     ///
     /// [`Refused`] says who asked, who may, and what to do.
     pub fn check(&self, peer: &Peer) -> Result<(), Refused> {
-        self.check_uid(peer.uid).map_err(|reason| Refused { peer: peer.to_string(), reason })
+        self.check_ids(peer.uid, peer.gid).map_err(|reason| Refused { peer: peer.to_string(), reason })
     }
 
-    fn check_uid(&self, uid: u32) -> Result<(), String> {
-        if uid == self.overflow {
+    fn check_ids(&self, uid: u32, gid: u32) -> Result<(), String> {
+        if uid == self.overflow_uid {
             return Err(format!(
                 "uid {uid} stands for every user unknown in this user namespace; run both programs \
                  in the same user namespace"
@@ -189,12 +203,16 @@ impl PeerPolicy {
         if uid == NOBODY_AT_ALL {
             return Err("the socket has no peer".to_owned());
         }
-        if !self.uids.contains(&uid) {
-            let allowed: Vec<String> = self.uids.iter().map(u32::to_string).collect();
+        let group_may = gid != self.overflow_gid && gid != NOBODY_AT_ALL && self.gids.contains(&gid);
+        if !group_may && !self.uids.contains(&uid) {
+            let list = |ids: &BTreeSet<u32>| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+            let mut allowed = format!("the uids {}", list(&self.uids));
+            if !self.gids.is_empty() {
+                allowed += &format!(" and the gids {} (this is gid {gid})", list(&self.gids));
+            }
             return Err(format!(
-                "allowed are the uids {}; run it as one of these users, or allow uid {uid} in the \
-                 configuration of the program that serves",
-                allowed.join(", ")
+                "allowed are {allowed}; run it as one of these users, or allow uid {uid} in the \
+                 configuration of the program that serves"
             ));
         }
         Ok(())
@@ -203,18 +221,20 @@ impl PeerPolicy {
 
 impl Default for PeerPolicy {
     fn default() -> PeerPolicy {
-        PeerPolicy { uids: BTreeSet::from([0, geteuid().as_raw()]), overflow: overflow_uid() }
+        PeerPolicy {
+            uids: BTreeSet::from([0, geteuid().as_raw()]),
+            gids: BTreeSet::new(),
+            overflow_uid: overflow("/proc/sys/kernel/overflowuid"),
+            overflow_gid: overflow("/proc/sys/kernel/overflowgid"),
+        }
     }
 }
 
-/// The uid of a socket without a peer: the kernel's "no id", −1.
+/// The uid and gid of a socket without a peer: the kernel's "no id", −1.
 const NOBODY_AT_ALL: u32 = u32::MAX;
 
-fn overflow_uid() -> u32 {
-    std::fs::read_to_string("/proc/sys/kernel/overflowuid")
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(65534)
+fn overflow(file: &str) -> u32 {
+    std::fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(65534)
 }
 
 fn open_by_number(pid: Option<u32>) -> io::Result<Handle> {
@@ -260,16 +280,36 @@ mod tests {
         assert_eq!(peer.to_string(), "a process of another pid namespace (uid 7)");
     }
 
+    fn policy() -> PeerPolicy {
+        let uids = BTreeSet::from([0, 1000]);
+        PeerPolicy { uids, gids: BTreeSet::new(), overflow_uid: 65534, overflow_gid: 65533 }
+    }
+
     #[test]
-    fn policy() {
-        let own = geteuid().as_raw();
-        let policy = PeerPolicy { uids: BTreeSet::from([0, own]), overflow: 65534 };
-        assert!(policy.check_uid(0).is_ok());
-        assert!(policy.check_uid(own).is_ok());
-        let reason = policy.check_uid(own + 4321).unwrap_err();
-        assert!(reason.contains(&(own + 4321).to_string()), "{reason}");
-        assert!(policy.clone().allow_uid(own + 4321).check_uid(own + 4321).is_ok());
-        assert!(policy.clone().allow_uid(65534).check_uid(65534).is_err());
-        assert!(policy.allow_uid(u32::MAX).check_uid(u32::MAX).is_err());
+    fn by_user() {
+        let policy = policy();
+        assert!(policy.check_ids(0, 5).is_ok());
+        assert!(policy.check_ids(1000, 65533).is_ok(), "its group does not matter");
+        let reason = policy.check_ids(4321, 0).unwrap_err();
+        assert!(reason.contains("4321") && reason.contains("the uids 0, 1000;"), "{reason}");
+        assert!(policy.clone().allow_uid(4321).check_ids(4321, 5).is_ok());
+        assert!(policy.clone().allow_uid(65534).check_ids(65534, 5).is_err());
+        assert!(policy.allow_uid(u32::MAX).check_ids(u32::MAX, 5).is_err());
+    }
+
+    #[test]
+    fn by_group() {
+        let policy = policy().allow_gid(27);
+        assert!(policy.check_ids(4321, 27).is_ok());
+        assert!(policy.check_ids(1000, 5).is_ok(), "its user may ask");
+        let reason = policy.check_ids(4321, 28).unwrap_err();
+        for part in ["uid 4321", "the uids 0, 1000 and the gids 27", "gid 28"] {
+            assert!(reason.contains(part), "{part:?} is not in: {reason}");
+        }
+        assert!(policy.check_ids(65534, 27).is_err(), "nobody knows whose it is");
+        assert!(policy.check_ids(u32::MAX, 27).is_err(), "there is nobody");
+        let policy = policy.allow_gid(65533).allow_gid(u32::MAX);
+        assert!(policy.check_ids(4321, 65533).is_err());
+        assert!(policy.check_ids(4321, u32::MAX).is_err());
     }
 }

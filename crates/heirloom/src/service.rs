@@ -54,3 +54,11 @@ impl Service {
         self
     }
 }
+
+/// A process in a message: its part, and the program's name and version if they are known.
+pub(crate) fn named(role: &str, program: &str, version: &str) -> String {
+    match format!("{program} {version}").trim() {
+        "" => role.into(),
+        program => format!("{role} ({program})"),
+    }
+}

@@ -11,15 +11,15 @@ use crate::clock;
 use crate::config::Config;
 use crate::control::client::{Client, ClientError};
 use crate::control::path::{PathError, bind, prepare_directory};
-use crate::control::request::{Failure, Hello, NoRequests, Reply, Request, Welcome};
+use crate::control::request::{Failure, Hello, NoRequests, Reply, Request, VersionRange, Welcome};
 use crate::crash::{self, Point};
 use crate::descriptors;
 use crate::incumbent::Incumbent;
 use crate::lock::{LockError, LockFile, ServiceLock, lock_path};
 use crate::manifest::ServiceRecord;
 use crate::peer::{Peer, Refused};
-use crate::protocol;
-use crate::service::Service;
+use crate::protocol::{self, ToIncumbent};
+use crate::service::{Service, named};
 use crate::transport::OlderIncumbent;
 use crate::transport::exec::{self, InPlaceError};
 use crate::transport::socket::{Successor, Taken};
@@ -112,6 +112,22 @@ pub enum StartError {
         path: PathBuf,
         /// What it said.
         what: String,
+    },
+    /// The incumbent goes on in a version that was not offered to it. It serves on.
+    #[error("{incumbent} {does} {theirs}, {successor} {reads} {ours}; go by a version that suits both")]
+    Version {
+        /// The incumbent, with the program's name and version as it says.
+        incumbent: String,
+        /// What it does in that version.
+        does: &'static str,
+        /// The version.
+        theirs: u32,
+        /// This process, with the program's name and version.
+        successor: String,
+        /// What it does in its versions.
+        reads: &'static str,
+        /// Its versions.
+        ours: VersionRange,
     },
     /// The path cannot be used.
     #[error(transparent)]
@@ -280,6 +296,11 @@ fn admitted<A: DeserializeOwned>(
     // The incumbent made the channel, so its credentials name it; those of the control socket may name a dead ancestor.
     let incumbent = Peer::of(&channel)?;
     config.peers.check(&incumbent).map_err(StartError::Untrusted)?;
+    if let Err(error) = check_versions(&welcome, service) {
+        // Rule 7: a channel is not closed without a word. If it cannot be said, the end of the channel has to do.
+        let _ = channel.send(&ToIncumbent::abort(&error).to_packet(), &[]);
+        return Err(error);
+    }
     let lock = LockFile::open(lock_path(path))?;
     Ok(Start::Successor(Successor::new(
         channel,
@@ -290,4 +311,20 @@ fn admitted<A: DeserializeOwned>(
         service.clone(),
         config.clone(),
     )))
+}
+
+/// An incumbent that has understood our Hello goes on in a version that it offers; another cannot be followed.
+fn check_versions(welcome: &Welcome, service: &Service) -> Result<(), StartError> {
+    let error = |does, theirs, reads, ours| {
+        let incumbent = named("the incumbent", &welcome.program, &welcome.version);
+        let successor = named("the successor", &service.program, &service.version);
+        Err(StartError::Version { incumbent, does, theirs, successor, reads, ours })
+    };
+    if !protocol::VERSIONS.contains(welcome.protocol) {
+        return error("goes on in takeover protocol", welcome.protocol, "speaks", protocol::VERSIONS);
+    }
+    if !service.reads.contains(welcome.schema) {
+        return error("writes state of schema", welcome.schema, "reads", service.reads);
+    }
+    Ok(())
 }

@@ -649,7 +649,10 @@ mod peers {
             let refused = PeerPolicy::default().check(&peer).unwrap_err().to_string();
             assert!(refused.contains(says), "{refused}");
             assert!(refused.contains(&stranger.id().to_string()), "{refused}");
+            assert_eq!(peer.gid, uid);
             assert_eq!(PeerPolicy::default().allow_uid(uid).check(&peer).is_ok(), uid == 12345);
+            assert_eq!(PeerPolicy::default().allow_gid(uid).check(&peer).is_ok(), uid == 12345);
+            assert!(PeerPolicy::default().allow_gid(0).check(&peer).is_err());
             drop(connection);
             stranger.wait().unwrap();
         }

@@ -289,7 +289,7 @@ impl Client {
                 tracing::warn!("serving on; the takeover ended {reason}");
             }
             Notice::Thawed(Ok(Outcome::Superseded(reason))) => {
-                let what = "another process holds the service lock and serves; the takeover ended";
+                let what = "another process holds the service lock, so that this one may not serve; the takeover ended";
                 return Err(Failure::new(Exit::Failed, anyhow!("{what} {reason}")));
             }
             Notice::Thawed(Err(error)) => tracing::error!("serving on: {error}"),

@@ -5,6 +5,8 @@ pub(crate) mod ears;
 pub(crate) mod generations;
 pub(crate) mod guests;
 pub(crate) mod proc;
+pub(crate) mod random;
+pub(crate) mod talk;
 pub(crate) mod upgrading;
 
 use std::io::{Read, Write};

@@ -1,8 +1,9 @@
 //! What the kernel tells of a process (`proc(5)`): its descriptors, signals and children.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -116,6 +117,89 @@ fn state(pid: u32) -> Option<char> {
     stat.rsplit(") ").next()?.chars().next()
 }
 
+/// Whether a process has locked this file by flock(2) (`proc_locks(5)`).
+pub(crate) fn holds_lock(pid: u32, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let inode = format!(":{}", fs::metadata(path).expect("the lock file").ino());
+    let locks = fs::read_to_string("/proc/locks").expect("it can be read");
+    // "1: FLOCK  ADVISORY  WRITE 4711 00:1c:815 0 EOF"; those that wait have an arrow behind the number.
+    locks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|fields| {
+        fields.get(1) == Some(&"FLOCK")
+            && fields.get(4) == Some(&pid.to_string().as_str())
+            && fields.get(5).is_some_and(|file| file.ends_with(&inode))
+    })
+}
+
+/// How much memory a process has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memory {
+    /// Resident pages.
+    pub(crate) rss_kib: u64,
+    /// Those of them that no file backs: heap and stacks.
+    pub(crate) anonymous_kib: u64,
+    /// All of them, each divided by the number of processes that share it: so it varies with how many run the program.
+    pub(crate) pss_kib: u64,
+}
+
+/// How much memory may differ between two moments at which a process does the same: what the allocator keeps, and which
+/// pages of the program happen to have been read.
+const NOISE_KIB: u64 = 1024;
+
+impl Memory {
+    /// The median of each.
+    pub(crate) fn median(samples: &[Memory]) -> Memory {
+        let median = |of: fn(&Memory) -> u64| {
+            let mut all: Vec<u64> = samples.iter().map(of).collect();
+            all.sort_unstable();
+            all[all.len() / 2]
+        };
+        Memory {
+            rss_kib: median(|memory| memory.rss_kib),
+            anonymous_kib: median(|memory| memory.anonymous_kib),
+            pss_kib: median(|memory| memory.pss_kib),
+        }
+    }
+
+    /// Fails if it is more than it was, but for noise.
+    #[track_caller]
+    pub(crate) fn assert_not_more_than(&self, before: &Memory) {
+        let grown = |now: u64, then: u64| now > then + NOISE_KIB;
+        let grown = grown(self.rss_kib, before.rss_kib) || grown(self.anonymous_kib, before.anonymous_kib);
+        assert!(!grown, "it has grown: {self} instead of {before}");
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Memory { rss_kib, anonymous_kib, pss_kib } = self;
+        write!(f, "{rss_kib} KiB resident ({anonymous_kib} anonymous, {pss_kib} proportional)")
+    }
+}
+
+/// How much memory a process has now.
+pub(crate) fn memory(pid: u32) -> Memory {
+    let rollup = read(pid, "smaps_rollup");
+    let kib = |name: &str| {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(name)).expect("it is there");
+        line.split_whitespace().next().and_then(|kib| kib.parse().ok()).expect("a number")
+    };
+    Memory { rss_kib: kib("Rss:"), anonymous_kib: kib("Anonymous:"), pss_kib: kib("Pss:") }
+}
+
+/// The processes that have this path as an argument, and have not ended.
+pub(crate) fn naming(path: &Path) -> Vec<u32> {
+    let entries =
+        fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let processes = entries.filter_map(|name| name.parse().ok());
+    processes.filter(|&pid| names(pid, path) && !has_ended(pid)).collect()
+}
+
+/// Whether a process has this path as an argument.
+fn names(pid: u32, path: &Path) -> bool {
+    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    command.split(|&byte| byte == 0).any(|argument| argument == path.as_os_str().as_encoded_bytes())
+}
+
 /// The file of the program that the process runs.
 pub(crate) fn program(pid: u32) -> PathBuf {
     fs::read_link(format!("/proc/{pid}/exe")).expect("it is there")
@@ -137,10 +221,8 @@ pub(crate) fn time_running(pid: u32) -> u64 {
 }
 
 /// Ends a process, by SIGKILL, if it is one that serves at this control path.
-pub(crate) fn kill_one_that_serves(control: &std::path::Path, pid: u32) {
-    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let names_it =
-        command.split(|&byte| byte == 0).any(|argument| argument == control.as_os_str().as_encoded_bytes());
+pub(crate) fn kill_one_that_serves(control: &Path, pid: u32) {
+    let names_it = names(pid, control);
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw).filter(|_| names_it) {
         let _ = kill_process(pid, Signal::KILL);
     }

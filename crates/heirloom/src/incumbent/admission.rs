@@ -13,6 +13,7 @@ use crate::control::status::LastTakeover;
 use crate::crash::{self, Point};
 use crate::peer::Peer;
 use crate::protocol;
+use crate::service::{Service, named};
 use crate::transport::socket::takeover::Takeover;
 
 /// Descriptors that a successor needs beside the items: manifests, channel, epoll, lock and some air.
@@ -48,7 +49,7 @@ impl<A> Incumbent<A> {
                 if let Some(connection) = self.connections.get_mut(&id) {
                     connection.send(welcome.to_line(), vec![other]);
                 }
-                let machine = protocol::Incumbent::new(now, self.config.times);
+                let machine = protocol::Incumbent::new(now, self.config.times).fencing(self.config.fencing);
                 self.takeover = Some(Box::new(Takeover::new(machine, channel, peer, hello)));
             }
             Err(refusal) => {
@@ -101,30 +102,7 @@ impl<A> Incumbent<A> {
                 ),
             });
         }
-        let ours: VersionRange = protocol::VERSIONS;
-        let Some(protocol) = ours.meet(hello.protocol) else {
-            return Err(Failure {
-                code: FailureCode::Protocol,
-                message: format!(
-                    "the incumbent ({} {}) speaks takeover protocol {ours}, the successor ({} {}) {}; go by a version that speaks both",
-                    self.service.program, self.service.version, hello.program, hello.version, hello.protocol
-                ),
-            });
-        };
-        if !hello.schema.contains(self.service.writes) {
-            return Err(Failure {
-                code: FailureCode::Schema,
-                message: format!(
-                    "the incumbent ({} {}) writes state of schema {}, the successor ({} {}) reads {}",
-                    self.service.program,
-                    self.service.version,
-                    self.service.writes,
-                    hello.program,
-                    hello.version,
-                    hello.schema
-                ),
-            });
-        }
+        let protocol = agree(protocol::VERSIONS, &self.service, hello)?;
         let needed = self.items.len() as u64 + 1 + SPARE_DESCRIPTORS;
         if hello.room < needed {
             return Err(Failure {
@@ -139,7 +117,92 @@ impl<A> Incumbent<A> {
     }
 }
 
+/// The version of the conversation, where the incumbent speaks `ours`; or why there is none, or no state that the successor
+/// could read.
+fn agree(ours: VersionRange, service: &Service, hello: &Hello) -> Result<u32, Failure> {
+    let incumbent = named("the incumbent", &service.program, &service.version);
+    let successor = named("the successor", &hello.program, &hello.version);
+    let Some(protocol) = ours.meet(hello.protocol) else {
+        let message = format!(
+            "{incumbent} speaks takeover protocol {ours}, {successor} {}; go by a version that speaks both",
+            hello.protocol
+        );
+        return Err(Failure { code: FailureCode::Protocol, message });
+    };
+    if !hello.schema.contains(service.writes) {
+        let message = format!(
+            "{incumbent} writes state of schema {}, {successor} reads {}; go by a version that reads both",
+            service.writes, hello.schema
+        );
+        return Err(Failure { code: FailureCode::Schema, message });
+    }
+    Ok(protocol)
+}
+
 fn failed(error: impl ToString) -> Failure {
     let message = format!("it cannot begin a takeover, and serves on: {}", error.to_string());
     Failure { code: FailureCode::Failed, message }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(protocol: VersionRange, schema: VersionRange) -> Hello {
+        Hello {
+            protocol,
+            service: "test".into(),
+            program: "next".into(),
+            version: "2.1".into(),
+            pid: 1,
+            schema,
+            room: 100,
+            generation: None,
+        }
+    }
+
+    fn agreed(ours: VersionRange, theirs: VersionRange) -> Result<u32, Failure> {
+        let service = Service::new("test").program("prog", "1.9");
+        agree(ours, &service, &hello(theirs, VersionRange::new(1, 1)))
+    }
+
+    #[test]
+    fn the_newest_version_that_both_speak_whoever_is_older() {
+        let range = VersionRange::new;
+        for (ours, theirs, agreed_on) in [
+            (range(1, 1), range(1, 3), 1),
+            (range(1, 3), range(1, 1), 1),
+            (range(1, 4), range(2, 3), 3),
+            (range(2, 3), range(1, 4), 3),
+            (range(2, 5), range(5, 9), 5),
+        ] {
+            assert_eq!(agreed(ours, theirs).map_err(|failure| failure.message), Ok(agreed_on));
+        }
+        // An empty range has nothing in common with anything.
+        for (ours, theirs) in
+            [(range(1, 1), range(2, 3)), (range(2, 3), range(1, 1)), (range(1, 3), range(3, 1))]
+        {
+            let failure = agreed(ours, theirs).expect_err("nothing in common");
+            assert_eq!(failure.code, FailureCode::Protocol);
+            for part in ["prog 1.9", "next 2.1", &ours.to_string(), &theirs.to_string()] {
+                assert!(failure.message.contains(part), "{part:?} is not in: {failure}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_schema_is_read_or_refused_with_both_sides() {
+        let service = Service::new("test").program("prog", "1.9").schema(4, 2..=4);
+        let asked = |min, max| {
+            agree(protocol::VERSIONS, &service, &hello(protocol::VERSIONS, VersionRange::new(min, max)))
+        };
+        assert!(asked(4, 4).is_ok() && asked(1, 9).is_ok());
+        for (min, max) in [(1, 3), (5, 6), (9, 1)] {
+            let failure = asked(min, max).expect_err("it cannot read it");
+            assert_eq!(failure.code, FailureCode::Schema);
+            for part in ["prog 1.9", "schema 4", "next 2.1", &format!("{min}..={max}")] {
+                assert!(failure.message.contains(part), "{part:?} is not in: {failure}");
+            }
+        }
+    }
 }

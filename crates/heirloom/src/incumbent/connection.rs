@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
 
 use crate::control::line::LineReader;
 use crate::control::request::{Failure, FailureCode, Reply};
@@ -114,6 +115,12 @@ impl Connection {
                 }
                 Ok(_) => drop(self.unsent.pop_front()),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                // The user has too many descriptors in flight, for which there is no event to wait for. Whoever asked is told, and
+                // may ask again; what is no line can only be ended.
+                Err(error) if is(&error, Errno::TOOMANYREFS) && bytes.ends_with(b"\n") => {
+                    *bytes = failure(FailureCode::Failed, IN_FLIGHT);
+                    descriptors.clear();
+                }
                 Err(_) => {
                     self.ended = true;
                     return;
@@ -140,6 +147,14 @@ impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
+}
+
+/// Why a reply cannot be given (`ETOOMANYREFS`, `unix(7)`).
+const IN_FLIGHT: &str = "the answer needs a descriptor, and too many of this user's are in flight: sent, but not yet received. Try again, or raise \
+                         the limit on open files (ulimit -n, LimitNOFILE=)";
+
+fn is(error: &std::io::Error, errno: Errno) -> bool {
+    Errno::from_io_error(error) == Some(errno)
 }
 
 /// The line that refuses a request.

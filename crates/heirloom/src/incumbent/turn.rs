@@ -74,7 +74,8 @@ pub enum Outcome {
     Taken(TakenBy),
     /// Serve on.
     Resumed(Reason),
-    /// A third process took the service lock meanwhile and serves: exit.
+    /// Another process holds the service lock: a third one that serves or, with
+    /// [`Fencing::GiveUp`](crate::protocol::Fencing::GiveUp), a successor that lingers. Exit.
     Superseded(Reason),
 }
 

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::{BATCH, Cause, Reason, Step, Times, ToIncumbent, ToSuccessor, WINDOW};
+use super::{BATCH, Cause, Fencing, Reason, Step, Times, ToIncumbent, ToSuccessor, WINDOW};
 use crate::item::ItemId;
 
 /// The incumbent's state machine, for one takeover whose Hello was accepted.
@@ -28,6 +28,7 @@ use crate::item::ItemId;
 pub struct Incumbent {
     state: State,
     times: Times,
+    fencing: Fencing,
     deadline: Option<Instant>,
     actions: VecDeque<IncumbentAction>,
     unsent: VecDeque<ItemId>,
@@ -115,7 +116,8 @@ pub enum IncumbentOutcome {
     Taken,
     /// Serve on.
     Resumed(Reason),
-    /// Another process took the service lock meanwhile and serves. Exit, and say so.
+    /// Another process holds the service lock: a third one, which serves, or, with [`Fencing::GiveUp`], a successor that
+    /// lingers. Exit, and say so.
     Superseded(Reason),
 }
 
@@ -130,6 +132,7 @@ impl Incumbent {
         Incumbent {
             state: State::Preparing,
             times,
+            fencing: Fencing::default(),
             deadline: Some(now + times.offer),
             actions: VecDeque::from([IncumbentAction::PrepareOffer]),
             unsent: VecDeque::new(),
@@ -137,6 +140,13 @@ impl Incumbent {
             credit: WINDOW,
             successor_gone: false,
         }
+    }
+
+    /// Sets what is done about an aborted successor that keeps the lock.
+    #[must_use]
+    pub fn fencing(mut self, fencing: Fencing) -> Self {
+        self.fencing = fencing;
+        self
     }
 
     /// The next thing to do; `None` until something happens.
@@ -248,10 +258,15 @@ impl Incumbent {
             State::Offered => self.resume(Cause::Timeout(self.times.ready)),
             State::Completing | State::Frozen => self.resume(Cause::Timeout(self.times.accept)),
             State::Released => self.resume(Cause::Timeout(self.times.taken)),
-            State::Relocking { fence, .. } => {
+            State::Relocking { fence, until, .. } => {
                 if fence.is_some_and(|fence| now >= fence) {
                     *fence = None;
-                    self.actions.push_back(IncumbentAction::Fence);
+                    match self.fencing {
+                        Fencing::Kill => self.actions.push_back(IncumbentAction::Fence),
+                        Fencing::Wait => {}
+                        // After one more try.
+                        Fencing::GiveUp => *until = until.or(Some(now)),
+                    }
                 }
                 self.actions.push_back(IncumbentAction::Relock);
             }
@@ -457,16 +472,56 @@ mod tests {
         assert!(matches!(reason.cause, Cause::Nonsense(_)));
     }
 
+    /// An incumbent that is to resume, while its successor has the lock.
+    fn relocking(now: Instant, fencing: Fencing) -> Incumbent {
+        let mut machine = frozen(now).fencing(fencing);
+        machine.handle(now, ToIncumbent::Accept);
+        machine.handle_timeout(now + Times::default().taken);
+        machine.drained(now);
+        assert_eq!(actions(&mut machine).last(), Some(&IncumbentAction::Relock));
+        machine.lock_held(now);
+        machine
+    }
+
+    #[test]
+    fn whoever_waits_for_a_lingering_successor_waits_until_the_lock_is_free() {
+        let now = Instant::now();
+        let mut machine = relocking(now, Fencing::Wait);
+        for minutes in 1..60 {
+            let now = now + Duration::from_secs(60 * minutes);
+            machine.handle_timeout(now);
+            assert_eq!(actions(&mut machine), [IncumbentAction::Relock]);
+            machine.lock_held(now);
+        }
+        machine.relocked();
+        assert!(matches!(machine.outcome(), Some(IncumbentOutcome::Resumed(_))));
+    }
+
+    #[test]
+    fn whoever_gives_up_on_a_lingering_successor_tries_once_more() {
+        let now = Instant::now();
+        let late = now + Times::default().fence;
+        let mut machine = relocking(now, Fencing::GiveUp);
+        machine.handle_timeout(late);
+        assert_eq!(actions(&mut machine), [IncumbentAction::Relock]);
+        let mut lucky = machine.clone();
+        lucky.relocked();
+        assert!(matches!(lucky.outcome(), Some(IncumbentOutcome::Resumed(_))));
+        machine.lock_held(late);
+        assert!(matches!(machine.outcome(), Some(IncumbentOutcome::Superseded(_))));
+        // One that has gone leaves the lock to somebody, who is given the usual time to let go of it.
+        let mut machine = relocking(now, Fencing::GiveUp);
+        machine.handle_exited(late);
+        machine.handle_timeout(late);
+        machine.lock_held(late);
+        assert_eq!(machine.outcome(), None);
+    }
+
     #[test]
     fn a_lingering_successor_with_the_lock_is_fenced_and_a_third_process_yields_superseded() {
         let now = Instant::now();
         let times = Times::default();
-        let mut machine = frozen(now);
-        machine.handle(now, ToIncumbent::Accept);
-        machine.handle_timeout(now + times.taken);
-        machine.drained(now);
-        assert_eq!(actions(&mut machine).last(), Some(&IncumbentAction::Relock));
-        machine.lock_held(now);
+        let mut machine = relocking(now, Fencing::Kill);
         machine.handle_timeout(now + times.fence);
         assert_eq!(actions(&mut machine), [IncumbentAction::Fence, IncumbentAction::Relock]);
         machine.lock_held(now + times.fence);

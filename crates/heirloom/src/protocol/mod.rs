@@ -14,12 +14,14 @@
 //!
 //! The states and what leads from one to the next are in `docs/protocol.md`, which a test compares with the machines.
 
+mod fencing;
 mod incumbent;
 mod message;
 mod reason;
 mod successor;
 mod times;
 
+pub use fencing::Fencing;
 pub use incumbent::{Incumbent, IncumbentAction, IncumbentOutcome};
 pub use message::{MessageError, ToIncumbent, ToSuccessor};
 pub use reason::{Cause, Reason, Step};

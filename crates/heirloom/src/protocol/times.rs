@@ -5,7 +5,8 @@ use std::time::Duration;
 /// The time limits of a takeover. Each side has its own; they need not agree.
 ///
 /// The first two pass while the incumbent serves; they cost clients nothing. From the freeze on, clients wait: the
-/// longest pause that a dead or stopped successor can cause is `accept + taken + fence + relock`.
+/// longest pause that a dead or stopped successor can cause is `accept + taken + fence + relock`, unless
+/// [`Fencing`](super::Fencing) lets it last.
 ///
 /// ```
 /// use heirloom::protocol::Times;
@@ -26,7 +27,8 @@ pub struct Times {
     pub taken: Duration,
     /// From `Accept` to the lock taken, at the successor. Longer than the incumbent's `accept` and `taken`. 10 s.
     pub released: Duration,
-    /// How long a successor that may hold the lock may linger after an abort before it is killed. 1 s.
+    /// How long a successor that may hold the lock may linger after an abort before it is killed, or whatever
+    /// [`Fencing`](super::Fencing) says. 1 s.
     pub fence: Duration,
     /// How long an incumbent tries to take the lock again, once the successor is gone, before it concludes that a
     /// third process serves. 1 s.

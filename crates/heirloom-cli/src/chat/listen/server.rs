@@ -326,7 +326,8 @@ fn thaw(outcome: Result<Outcome, HandoverError>) -> Result<Next, Failure> {
         }
         Ok(Outcome::Resumed(reason)) => tracing::warn!("serving on; the takeover ended {reason}"),
         Ok(Outcome::Superseded(reason)) => {
-            let what = "another process holds the service lock and serves; the takeover ended";
+            let what =
+                "another process holds the service lock, so that this one may not serve; the takeover ended";
             return Err(Failure::new(Exit::Failed, anyhow!("{what} {reason}")));
         }
         Err(error) => tracing::error!("serving on: {error}"),

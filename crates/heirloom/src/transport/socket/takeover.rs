@@ -31,6 +31,8 @@ pub(crate) struct Takeover {
     pub(crate) want: Option<Want>,
     /// A packet for which there was no room, and when to try it again.
     blocked: Option<(ToSuccessor, Instant)>,
+    /// Whether it was said that too many descriptors are in flight.
+    waits_for_others: bool,
     pub(crate) channel_closed: bool,
 }
 
@@ -71,6 +73,7 @@ impl Takeover {
             bytes: 0,
             want: None,
             blocked: None,
+            waits_for_others: false,
             channel_closed: false,
         }
     }
@@ -138,8 +141,8 @@ impl Takeover {
                 self.items += count;
                 crash::reach(Point::BatchSent);
             }
-            Err(SendError::Full | SendError::InFlight { .. }) => {
-                self.blocked = Some((ToSuccessor::Batch { ids }, now + RETRY));
+            Err(error @ (SendError::Full | SendError::InFlight { .. })) => {
+                self.try_again(now, ToSuccessor::Batch { ids }, &error);
             }
             Err(error) => self.send_failed(now, error),
         }
@@ -189,15 +192,24 @@ impl Takeover {
         let descriptors: Vec<BorrowedFd<'_>> = attached.into_iter().collect();
         match self.channel.send(&message.to_packet(), &descriptors) {
             Ok(()) => sent(&message),
-            Err(SendError::Full | SendError::InFlight { .. }) => {
+            Err(error @ (SendError::Full | SendError::InFlight { .. })) => {
                 // Behind an Abort that does not fit nothing may happen: a successor that does not read is ended.
                 if matches!(message, ToSuccessor::Abort { .. }) {
                     let _ = self.successor.kill();
                 }
-                self.blocked = Some((message, now + RETRY));
+                self.try_again(now, message, &error);
             }
             Err(error) => self.send_failed(now, error),
         }
+    }
+
+    /// There was no room for a packet. That the user's other processes take it all is worth a line: the successor is not to blame.
+    fn try_again(&mut self, now: Instant, message: ToSuccessor, error: &SendError) {
+        if matches!(error, SendError::InFlight { .. }) && !self.waits_for_others {
+            self.waits_for_others = true;
+            tracing::warn!(successor = %self.successor, %error, "the takeover waits");
+        }
+        self.blocked = Some((message, now + RETRY));
     }
 
     /// The channel has ended. Where the successor's exit cannot be seen, that has to stand for it.
