@@ -1,6 +1,6 @@
 //! A figure beside its floor, and the table of them.
 
-use std::fmt::Write as _;
+use std::fmt;
 
 use serde::Serialize;
 
@@ -87,23 +87,25 @@ fn percentile(sorted: &[u64], percent: usize) -> u64 {
     sorted.get(at).copied().unwrap_or(0)
 }
 
-/// All of it for people, one quantity a line.
-pub(crate) fn table(all: &[Measured]) -> String {
-    let mut out = format!(
+/// What stands above the lines of a table.
+pub(crate) fn head() -> String {
+    format!(
         "{:<9} {:<45} {:>5}    {:>8} {:>8} {:>8} {:>8} {:>9} {:>6}",
         "suite", "case", "n", "p50", "p90", "p99", "max", "floor p50", "ratio"
-    );
-    for measured in all {
-        let [p50, p90, p99, max] = measured.figures();
-        let Measured { suite, case, .. } = measured;
-        // Writing to a String cannot fail.
-        let _ = write!(
-            out,
-            "\n{suite:<9} {case:<45} {:>5} {} {:>8.0} {:>8.0} {:>8.0} {:>8.0} {:>9.0} {:>6.2}",
-            p50.n, p50.unit, p50.value, p90.value, p99.value, max.value, p50.floor, p50.ratio
-        );
+    )
+}
+
+impl fmt::Display for Measured {
+    /// Its line in the table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [p50, p90, p99, max] = self.figures();
+        let Figure { suite, n, unit, floor, ratio, .. } = &p50;
+        write!(f, "{suite:<9} {:<45} {n:>5} {unit}", self.case)?;
+        for figure in [&p50, &p90, &p99, &max] {
+            write!(f, " {:>8.0}", figure.value)?;
+        }
+        write!(f, " {floor:>9.0} {ratio:>6.2}")
     }
-    out
 }
 
 #[cfg(test)]

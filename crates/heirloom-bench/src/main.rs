@@ -19,7 +19,6 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 
-use figure::{Figure, Measured};
 use suite::Suite;
 use way::Way;
 
@@ -69,11 +68,17 @@ fn main() -> anyhow::Result<()> {
 
 fn measure(cli: &Cli) -> anyhow::Result<()> {
     let suites = if cli.suites.is_empty() { Suite::value_variants() } else { &cli.suites };
-    let measured = suite::measure(suites, cli.quick)?;
     let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "{}", figure::table(&measured))?;
+    writeln!(stdout, "{}", figure::head())?;
+    let mut figures = Vec::new();
+    suite::measure(suites, cli.quick, |measured| {
+        for one in measured {
+            writeln!(stdout, "{one}")?;
+            figures.extend(one.figures());
+        }
+        Ok(())
+    })?;
     if let Some(path) = &cli.json {
-        let figures: Vec<Figure> = measured.iter().flat_map(Measured::figures).collect();
         std::fs::write(path, serde_json::to_vec_pretty(&figures)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }

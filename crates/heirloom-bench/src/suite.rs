@@ -36,8 +36,12 @@ struct Repeat {
 }
 
 /// Measures these suites: at each number of connections all ways in turn, so that whatever else the machine does
-/// meets them alike.
-pub(crate) fn measure(suites: &[Suite], quick: bool) -> anyhow::Result<Vec<Measured>> {
+/// meets them alike. `report` gets what has been measured, bit by bit.
+pub(crate) fn measure(
+    suites: &[Suite],
+    quick: bool,
+    mut report: impl FnMut(Vec<Measured>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let (counts, repeat) = if quick {
         (&CONNECTIONS[..2], Repeat { rounds: 5, others: 3, sampled: 2 })
     } else {
@@ -47,7 +51,6 @@ pub(crate) fn measure(suites: &[Suite], quick: bool) -> anyhow::Result<Vec<Measu
     if descriptors::limit() < needed {
         bail!("a process needs {needed} descriptors, the limit is {}: raise it", descriptors::limit());
     }
-    let mut all = Vec::new();
     for &count in counts {
         for (state_bytes, state) in STATES {
             let case = format!("{count} connection{}, {state}", if count == 1 { "" } else { "s" });
@@ -55,20 +58,20 @@ pub(crate) fn measure(suites: &[Suite], quick: bool) -> anyhow::Result<Vec<Measu
             let mut pair = Pair::begin(directory.path(), count, state_bytes)?;
             let rounds = pair.rounds(repeat.rounds)?;
             if suites.contains(&Suite::Transfer) {
-                all.extend(transfer(&case, count as u64, &rounds));
+                report(transfer(&case, count as u64, &rounds))?;
                 if state_bytes == 0 {
-                    all.extend(others(directory.path(), count, &mut pair, repeat.others)?);
+                    report(others(directory.path(), count, &mut pair, repeat.others)?)?;
                 }
             }
             if suites.contains(&Suite::Pause) {
-                all.extend(pause(&case, &rounds));
+                report(pause(&case, &rounds))?;
                 if state_bytes == 0 && count >= FEWEST_SAMPLED {
-                    all.extend(gaps(count, &mut pair, repeat.sampled)?);
+                    report(gaps(count, &mut pair, repeat.sampled)?)?;
                 }
             }
         }
     }
-    Ok(all)
+    Ok(())
 }
 
 /// The library, and beside it its floor.
