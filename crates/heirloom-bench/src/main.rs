@@ -18,6 +18,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 use suite::Suite;
 use way::Way;
@@ -59,6 +60,10 @@ enum Part {
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     heirloom::descriptors::raise_limit()?;
+    if cli.part.is_some() {
+        // The processes of a measurement that is broken off end with it.
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+    }
     match cli.part {
         Some(Part::Server { way, control, state_bytes, first }) => way.serve(&control, state_bytes, first),
         Some(Part::Clients { server, count }) => clients::run(server, count),
