@@ -41,9 +41,8 @@ pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
     let mut events = Events::with_capacity(1024);
     let offered = successor.receive()?;
     let received = now();
-    let bundle = offered.bundle();
-    for entry in bundle.entries().filter(|entry| entry.id != ItemId::CONTROL) {
-        register(poll.registry(), descriptor(bundle, entry.id)?, token(entry.id), Interest::READABLE)?;
+    for (entry, descriptor) in offered.bundle().items().filter(|(entry, _)| entry.id != ItemId::CONTROL) {
+        register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
     }
     let registered = now();
     let ready = offered.ready()?;

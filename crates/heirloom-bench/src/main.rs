@@ -41,6 +41,9 @@ struct Cli {
     /// Few repetitions: shows that it works, not how fast
     #[arg(long)]
     quick: bool,
+    /// With how many connections, such as `100,5000` [default: 1,100,1000,5000,15000; in a quick run 1,100]
+    #[arg(long, value_name = "COUNT", value_delimiter = ',')]
+    connections: Vec<usize>,
     /// Also write the figures to this file, as a JSON list of {suite, case, n, value, unit, floor, ratio}
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -76,7 +79,7 @@ fn measure(cli: &Cli) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{}", figure::head())?;
     let mut figures = Vec::new();
-    suite::measure(suites, cli.quick, |measured| {
+    suite::measure(suites, &cli.connections, cli.quick, |measured| {
         for one in measured {
             writeln!(stdout, "{one}")?;
             figures.extend(one.figures());

@@ -39,17 +39,22 @@ struct Repeat {
 /// meets them alike. `report` gets what has been measured, bit by bit.
 pub(crate) fn measure(
     suites: &[Suite],
+    counts: &[usize],
     quick: bool,
     mut report: impl FnMut(Vec<Measured>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let (counts, repeat) = if quick {
+    let (usual, repeat) = if quick {
         (&CONNECTIONS[..2], Repeat { rounds: 5, others: 3, sampled: 2 })
     } else {
         (&CONNECTIONS[..], Repeat { rounds: 60, others: 10, sampled: 10 })
     };
-    let needed = counts[counts.len() - 1] as u64 + 64;
+    let counts = if counts.is_empty() { usual } else { counts };
+    let needed = counts.iter().copied().max().unwrap_or(0) as u64 + 64;
     if descriptors::limit() < needed {
         bail!("a process needs {needed} descriptors, the limit is {}: raise it", descriptors::limit());
+    }
+    if counts.contains(&0) {
+        bail!("without connections there is nothing to measure");
     }
     for &count in counts {
         for (state_bytes, state) in STATES {

@@ -395,6 +395,11 @@ impl Bundle {
         self.items.values().map(|item| &item.entry)
     }
 
+    /// All items with their descriptors, in ascending order of their ids: to register them with a poller.
+    pub fn items(&self) -> impl ExactSizeIterator<Item = (&Entry, BorrowedFd<'_>)> {
+        self.items.values().map(|item| (&item.entry, item.descriptor.as_fd()))
+    }
+
     /// How many items there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -530,28 +535,35 @@ impl<T> Taken<T> {
 
 /// Gives each entry its descriptor, and checks that it is what the entry says.
 fn matched(
-    entries: Vec<Entry>,
-    mut descriptors: BTreeMap<ItemId, OwnedFd>,
+    mut entries: Vec<Entry>,
+    descriptors: BTreeMap<ItemId, OwnedFd>,
 ) -> Result<BTreeMap<ItemId, Item>, BundleError> {
+    // They are sorted, unless they were made up here: one walk through both then finds what belongs together.
+    entries.sort_by_key(|entry| entry.id);
+    let mut descriptors = descriptors.into_iter().peekable();
     let items = entries
         .into_iter()
         .map(|mut entry| {
-            let descriptor = descriptors
-                .remove(&entry.id)
-                .ok_or_else(|| BundleError::NoDescriptor { item: entry.to_string() })?;
+            let (_, descriptor) = match descriptors.peek() {
+                Some(&(id, _)) if id < entry.id => return Err(BundleError::NotListed { id }),
+                _ => descriptors.next_if(|(id, _)| *id == entry.id),
+            }
+            .ok_or_else(|| BundleError::NoDescriptor { item: entry.to_string() })?;
             entry.kind = checked_kind(&entry, &descriptor)?;
             Ok((entry.id, Item { entry, descriptor }))
         })
         .collect::<Result<_, BundleError>>()?;
-    match descriptors.first_key_value() {
+    match descriptors.next() {
         None => Ok(items),
-        Some((&id, _)) => Err(BundleError::NotListed { id }),
+        Some((id, _)) => Err(BundleError::NotListed { id }),
     }
 }
 
 fn checked_kind(entry: &Entry, descriptor: &OwnedFd) -> Result<Kind, BundleError> {
-    let real =
-        Kind::of(descriptor).map_err(|source| BundleError::Unreadable { item: entry.to_string(), source })?;
+    let real = entry
+        .kind
+        .expected(descriptor)
+        .map_err(|source| BundleError::Unreadable { item: entry.to_string(), source })?;
     if entry.kind == real || entry.kind == Kind::Other {
         return Ok(real);
     }

@@ -14,7 +14,7 @@ use crate::bundle::{Bundle, BundleError};
 use crate::clock;
 use crate::config::Config;
 use crate::control::status::LastTakeover;
-use crate::incumbent::Incumbent;
+use crate::incumbent::Standby;
 use crate::item::ItemId;
 use crate::lock::{LockError, LockFile, lock_path};
 use crate::manifest::{Base, ManifestError, ServiceRecord, read_sealed};
@@ -113,8 +113,8 @@ fn take<A: DeserializeOwned>(
     };
     let service_record =
         ServiceRecord { generation: bundle.service().generation + 1, ..bundle.service().clone() };
-    let incumbent =
-        Incumbent::serve(listener, path, lock, service.clone(), config.clone(), service_record, Some(last))?;
+    let standby = Standby::new(&listener, path, service.clone(), config.clone())?;
+    let incumbent = standby.serve(listener, lock, service_record, Some(last))?;
     let (ours, _) = UnixStream::pair()?;
     Ok(Taken { bundle, incumbent, from: Peer::of(&ours)?, pause })
 }

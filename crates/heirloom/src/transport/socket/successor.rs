@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::control::path::relisten;
 use crate::control::request::Welcome;
 use crate::control::status::LastTakeover;
-use crate::incumbent::Incumbent;
+use crate::incumbent::{Incumbent, Standby};
 use crate::item::{Entry, ItemId};
 use crate::lock::{Holding, LockFile};
 use crate::manifest::{Base, Delta, Header, ServiceRecord, read_sealed};
@@ -103,6 +103,8 @@ struct Takeover {
     /// Items of the base that had ended before they were sent; the delta has to say so.
     missing: Vec<Entry>,
     bundle: Bundle,
+    /// From `Ready` on.
+    standby: Option<Standby>,
     bytes: u64,
     items: u64,
     started: Instant,
@@ -145,6 +147,7 @@ impl Successor {
                 arrived: BTreeMap::new(),
                 missing: Vec::new(),
                 bundle: Bundle::new(),
+                standby: None,
                 bytes: 0,
                 items: 0,
                 started: now,
@@ -208,7 +211,10 @@ impl Offered {
     ///
     /// The incumbent withdrew, died, or sent what cannot be used.
     pub fn ready(mut self) -> Result<Complete, TakeoverError> {
-        self.takeover.machine.ready(Instant::now());
+        match self.takeover.stand_by() {
+            Ok(()) => self.takeover.machine.ready(Instant::now()),
+            Err(error) => self.takeover.machine.abort(format_args!("the successor could not serve: {error}")),
+        }
         match self.takeover.run() {
             Stop::Decide => Ok(Complete { takeover: self.takeover }),
             stop => Err(self.takeover.ended(stop)),
@@ -335,41 +341,49 @@ impl Takeover {
             Err(error) => return Err(error.into()),
         }
         let exited = watched.is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty());
-        // In this order: what an exited process has sent is all in the channel by now.
-        self.receive_all();
+        let arrived = !self.channel_closed && fds.first().is_some_and(|fd| !fd.revents().is_empty());
         if exited {
+            // In this order: what an exited process has sent is all in the channel by now.
+            self.receive_all();
             self.incumbent_exited = true;
             self.machine.handle_exited(Instant::now());
+        } else if arrived {
+            // One a wake-up: the poll tells of the next.
+            self.receive();
         }
         Ok(())
     }
 
     fn receive_all(&mut self) {
-        while !self.channel_closed {
-            let now = Instant::now();
-            match self.channel.receive() {
-                Ok(Incoming::Empty) => return,
-                Ok(Incoming::Packet { bytes, descriptors }) => {
-                    let result = ToSuccessor::from_packet(&bytes, descriptors.len())
-                        .map_err(|error| error.to_string())
-                        .and_then(|message| self.keep(&message, descriptors).map(|()| message));
-                    match result {
-                        Ok(message) => self.machine.handle(now, message),
-                        Err(what) => self.machine.handle_nonsense(what),
-                    }
-                    // Credits and the like go out at once; what is for the application stays.
-                    if matches!(self.machine.outcome(), Some(SuccessorOutcome::Failed(_))) {
-                        return;
-                    }
+        while self.receive() {}
+    }
+
+    /// Feeds the next packet to the machine, if there is one; whether there may be more.
+    fn receive(&mut self) -> bool {
+        if self.channel_closed {
+            return false;
+        }
+        let now = Instant::now();
+        match self.channel.receive() {
+            Ok(Incoming::Empty) => false,
+            Ok(Incoming::Packet { bytes, descriptors }) => {
+                let result = ToSuccessor::from_packet(&bytes, descriptors.len())
+                    .map_err(|error| error.to_string())
+                    .and_then(|message| self.keep(&message, descriptors).map(|()| message));
+                match result {
+                    Ok(message) => self.machine.handle(now, message),
+                    Err(what) => self.machine.handle_nonsense(what),
                 }
-                Ok(Incoming::Closed) => {
-                    self.channel_closed = true;
-                    self.machine.handle_closed(now);
-                }
-                Err(error) => {
-                    self.machine.abort(format_args!("cannot receive: {error}"));
-                    return;
-                }
+                !matches!(self.machine.outcome(), Some(SuccessorOutcome::Failed(_)))
+            }
+            Ok(Incoming::Closed) => {
+                self.channel_closed = true;
+                self.machine.handle_closed(now);
+                false
+            }
+            Err(error) => {
+                self.machine.abort(format_args!("cannot receive: {error}"));
+                false
             }
         }
     }
@@ -417,10 +431,19 @@ impl Takeover {
     fn check_offer(&mut self) -> Result<(), BundleError> {
         let mut base = self.base.take().unwrap_or_default();
         let arrived = std::mem::take(&mut self.arrived);
-        let (items, missing) = base.items.into_iter().partition(|entry| arrived.contains_key(&entry.id));
-        base.items = items;
-        self.missing = missing;
+        if arrived.len() < base.items.len() {
+            (base.items, self.missing) =
+                base.items.into_iter().partition(|entry| arrived.contains_key(&entry.id));
+        }
         self.bundle = Bundle::from_parts(base, arrived)?;
+        Ok(())
+    }
+
+    /// Gets ready to serve, ahead of the freeze. The listener is the incumbent's until the commit: it is only watched.
+    fn stand_by(&mut self) -> io::Result<()> {
+        let listener = self.bundle.descriptor(ItemId::CONTROL);
+        let listener = listener.ok_or_else(|| io::Error::other("the control listener did not come"))?;
+        self.standby = Some(Standby::new(listener, &self.path, self.service.clone(), self.config.clone())?);
         Ok(())
     }
 
@@ -514,9 +537,10 @@ impl Takeover {
             total_us: self.started.elapsed().as_micros() as u64,
             at_unix_ms: clock::unix_ms(),
         };
-        let incumbent =
-            Incumbent::serve(listener, &self.path, lock, self.service, self.config, record, Some(last))
-                .map_err(TakeoverError::Serving)?;
+        let standby = self.standby.take();
+        let standby =
+            standby.ok_or_else(|| TakeoverError::Serving(io::Error::other("it was never ready")))?;
+        let incumbent = standby.serve(listener, lock, record, Some(last)).map_err(TakeoverError::Serving)?;
         Ok(Taken { bundle, incumbent, from: self.incumbent, pause })
     }
 }
