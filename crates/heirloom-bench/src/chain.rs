@@ -31,9 +31,7 @@ pub(crate) struct Left {
 pub(crate) struct Came {
     /// When it was about to connect to the control socket.
     pub(crate) began: u64,
-    /// When it had received every descriptor.
-    pub(crate) received: u64,
-    /// When all were registered with its poller.
+    /// When it had every descriptor, registered with its poller.
     pub(crate) registered: u64,
     /// When it had everything, the incumbent frozen.
     pub(crate) complete: u64,
@@ -52,18 +50,15 @@ pub(crate) struct Round {
     pub(crate) pause_parts: [u64; 3],
     /// From the successor's connect until it has every descriptor, registered with its poller.
     pub(crate) transfer: u64,
-    /// The parts of the transfer: until every descriptor is there, until all are registered.
-    pub(crate) transfer_parts: [u64; 2],
 }
 
 impl Round {
     fn of(left: Left, came: Came) -> Round {
-        let Came { began, received, registered, complete, taken, polled } = came;
+        let Came { began, registered, complete, taken, polled } = came;
         Round {
             pause: polled - left.frozen,
             pause_parts: [complete - left.frozen, taken - complete, polled - taken],
             transfer: registered - began,
-            transfer_parts: [received - began, registered - received],
         }
     }
 }
@@ -89,8 +84,10 @@ impl Chain {
     ) -> anyhow::Result<Self> {
         let control = directory.join(format!("{}.sock", way.name()));
         let mut incumbent = start(way, &control, state_bytes, Some(connections))?;
-        let address: SocketAddr = incumbent.said()?;
-        let mut clients = Process::start(["clients", &address.to_string(), &connections.to_string()])?;
+        let servers: Vec<SocketAddr> = incumbent.said()?;
+        let servers = servers.iter().map(SocketAddr::to_string);
+        let mut clients =
+            Process::start(["clients".into(), connections.to_string()].into_iter().chain(servers))?;
         let _: String = clients.said()?;
         let _: String = incumbent.said()?;
         Ok(Chain { way, control, state_bytes, clients, incumbent, replaced: None })
@@ -156,12 +153,16 @@ fn start(way: Way, control: &Path, state_bytes: usize, first: Option<usize>) -> 
     Process::start(arguments)
 }
 
+/// How many connections go to one address: with very many the kernel takes long to find a free port.
+pub(crate) const SHARE: usize = 1000;
+
 /// The first incumbent's connections.
 pub(crate) fn connections(count: usize) -> anyhow::Result<Vec<TcpStream>> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    say(&listener.local_addr()?)?;
-    let accept = |_| {
-        let (connection, _) = listener.accept()?;
+    let listeners: Vec<TcpListener> =
+        (0..count.div_ceil(SHARE)).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
+    say(&listeners.iter().map(TcpListener::local_addr).collect::<Result<Vec<_>, _>>()?)?;
+    let accept = |number: usize| {
+        let (connection, _) = listeners[number / SHARE].accept()?;
         connection.set_nodelay(true)?;
         Ok(connection)
     };

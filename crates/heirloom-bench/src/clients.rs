@@ -8,6 +8,7 @@ use anyhow::Context;
 use rustix::event::epoll;
 use serde::{Deserialize, Serialize};
 
+use crate::chain::SHARE;
 use crate::process::{now, say, told};
 
 /// How many connections are sampled, where there are as many.
@@ -28,11 +29,11 @@ pub(crate) enum Task {
     Stop,
 }
 
-/// Connects, and does what it is told until there is nobody any more.
-pub(crate) fn run(server: SocketAddr, count: usize) -> anyhow::Result<()> {
+/// Connects, to one address after the other, and does what it is told until there is nobody any more.
+pub(crate) fn run(count: usize, servers: &[SocketAddr]) -> anyhow::Result<()> {
     let mut connections = Vec::with_capacity(count);
-    for _ in 0..count {
-        let connection = TcpStream::connect(server)?;
+    for number in 0..count {
+        let connection = TcpStream::connect(servers[number / SHARE])?;
         connection.set_nodelay(true)?;
         connections.push(connection);
     }

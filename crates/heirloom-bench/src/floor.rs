@@ -3,7 +3,7 @@
 //!
 //! Ahead of the freeze: a connect to a path; a request, and as its answer one end of a SEQPACKET pair; a memfd of as many
 //! bytes as the library's manifest has, written, sealed, passed and read; the listener and the connections passed, 252 a
-//! packet, the connections served between two packets; each connection registered with an epoll. In the freeze: a
+//! packet, the connections served between two packets; each connection registered with an epoll as it arrives. In the freeze: a
 //! second memfd, an answer, the lock released, a packet, the lock taken, a packet. One packet for each that the library
 //! sends, but no credit: a full queue makes the sender wait.
 //!
@@ -55,7 +55,7 @@ pub(crate) fn first(way: Way, control: &Path, count: usize, state_bytes: usize) 
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
     let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let connections: Vec<OwnedFd> = connections(count)?.into_iter().map(OwnedFd::from).collect();
-    register(&poller, &connections)?;
+    register(&poller, &connections, 0)?;
     epoll::add(&poller, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
     say(&"serving")?;
     Server { way, poller, listener, lock, connections, state_bytes, beside: beside(control) }.serve()
@@ -76,9 +76,10 @@ pub(crate) fn successor(way: Way, control: &Path, state_bytes: usize) -> anyhow:
     let lock = lock_file(control)?;
     let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     read_manifest(&receive(&channel)?.descriptors)?;
-    let mut lent = Vec::new();
+    // The listener comes first, and is registered when it is ours.
+    let (mut listener, mut lent) = (None, Vec::new());
     loop {
-        let arrived = match (way, &own) {
+        let mut arrived = match (way, &own) {
             (_, Some(own)) => receive_one(own)?,
             (Way::OneAMessage, _) => receive(&stream)?.descriptors,
             _ => receive(&channel)?.descriptors,
@@ -86,11 +87,13 @@ pub(crate) fn successor(way: Way, control: &Path, state_bytes: usize) -> anyhow:
         if arrived.is_empty() {
             break;
         }
+        if listener.is_none() {
+            listener = Some(UnixListener::from(arrived.remove(0)));
+        }
+        register(&poller, &arrived, lent.len() as u64)?;
         lent.extend(arrived);
     }
-    let received = now();
-    let listener: UnixListener = lent.remove(0).into();
-    register(&poller, &lent)?;
+    let listener = listener.context("no listener came")?;
     let registered = now();
     send(&channel, b"ready", &[])?;
     read_manifest(&receive(&channel)?.descriptors)?;
@@ -109,7 +112,7 @@ pub(crate) fn successor(way: Way, control: &Path, state_bytes: usize) -> anyhow:
     if own.is_some() {
         std::fs::remove_file(beside(control))?;
     }
-    say(&Came { began, received, registered, complete, taken, polled })?;
+    say(&Came { began, registered, complete, taken, polled })?;
     Server { way, poller, listener, lock, connections: lent, state_bytes, beside: beside(control) }.serve()
 }
 
@@ -202,8 +205,8 @@ fn lock_file(control: &Path) -> anyhow::Result<OwnedFd> {
 }
 
 /// As mio registers for reading.
-fn register(poller: &OwnedFd, connections: &[OwnedFd]) -> anyhow::Result<()> {
-    for (connection, token) in connections.iter().zip(0..) {
+fn register(poller: &OwnedFd, connections: &[OwnedFd], first: u64) -> anyhow::Result<()> {
+    for (connection, token) in connections.iter().zip(first..) {
         let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
         epoll::add(poller, connection, EventData::new_u64(token), flags)?;
     }

@@ -39,11 +39,9 @@ pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
     let Start::Successor(successor) = ask(control, Replace::Must)? else { bail!("nobody hands over") };
     let mut poll = Poll::new()?;
     let mut events = Events::with_capacity(1024);
-    let offered = successor.receive()?;
-    let received = now();
-    for (entry, descriptor) in offered.bundle().items().filter(|(entry, _)| entry.id != ItemId::CONTROL) {
-        register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
-    }
+    let offered = successor.receive_each(|entry, descriptor| {
+        register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)
+    })?;
     let registered = now();
     let ready = offered.ready()?;
     let complete = now();
@@ -56,7 +54,7 @@ pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
     for event in &events {
         server.answer(id(event.token()))?;
     }
-    say(&Came { began, received, registered, complete, taken, polled })?;
+    say(&Came { began, registered, complete, taken, polled })?;
     server.serve()
 }
 

@@ -57,7 +57,7 @@ enum Part {
     #[command(hide = true)]
     Server { way: Way, control: PathBuf, state_bytes: usize, first: Option<usize> },
     #[command(hide = true)]
-    Clients { server: SocketAddr, count: usize },
+    Clients { count: usize, servers: Vec<SocketAddr> },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -69,7 +69,7 @@ fn main() -> anyhow::Result<()> {
     }
     match cli.part {
         Some(Part::Server { way, control, state_bytes, first }) => way.serve(&control, state_bytes, first),
-        Some(Part::Clients { server, count }) => clients::run(server, count),
+        Some(Part::Clients { count, servers }) => clients::run(count, &servers),
         None => measure(&cli),
     }
 }

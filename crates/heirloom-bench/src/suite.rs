@@ -63,7 +63,7 @@ pub(crate) fn measure(
             let mut pair = Pair::begin(directory.path(), count, state_bytes)?;
             let rounds = pair.rounds(repeat.rounds)?;
             if suites.contains(&Suite::Transfer) {
-                report(transfer(&case, count as u64, &rounds))?;
+                report(vec![transfer(&case, count as u64, &rounds)])?;
                 if state_bytes == 0 {
                     report(others(directory.path(), count, &mut pair, repeat.others)?)?;
                 }
@@ -102,16 +102,9 @@ fn both(rounds: &[(Round, Round)], of: impl Fn(&Round) -> u64) -> (Vec<u64>, Vec
     rounds.iter().map(|(library, floor)| (of(library), of(floor))).unzip()
 }
 
-fn transfer(case: &str, count: u64, rounds: &[(Round, Round)]) -> Vec<Measured> {
-    let measured = |part: &str, of: &dyn Fn(&Round) -> u64| {
-        let values = both(rounds, |round| of(round) / count);
-        Measured::new("transfer", format!("{case}{part}"), Unit::Nanoseconds, values)
-    };
-    vec![
-        measured("", &|round| round.transfer),
-        measured(": until received", &|round| round.transfer_parts[0]),
-        measured(": until registered", &|round| round.transfer_parts[1]),
-    ]
+fn transfer(case: &str, count: u64, rounds: &[(Round, Round)]) -> Measured {
+    let values = both(rounds, |round| round.transfer / count);
+    Measured::new("transfer", case.into(), Unit::Nanoseconds, values)
 }
 
 fn pause(case: &str, rounds: &[(Round, Round)]) -> Vec<Measured> {
@@ -134,7 +127,7 @@ fn others(directory: &Path, count: usize, pair: &mut Pair, rounds: usize) -> any
         let rounds: Vec<(Round, Round)> =
             (0..rounds).map(|_| Ok((chain.next()?, pair.floor.next()?))).collect::<anyhow::Result<_>>()?;
         let case = format!("{count} connection{}, {name}", if count == 1 { "" } else { "s" });
-        all.extend(transfer(&case, count as u64, &rounds).into_iter().next());
+        all.push(transfer(&case, count as u64, &rounds));
     }
     Ok(all)
 }

@@ -209,7 +209,23 @@ impl Bundle {
     /// [`BundleError::NoDescriptor`], [`BundleError::NotListed`], [`BundleError::WrongKind`] or
     /// [`BundleError::Unreadable`]. All descriptors are closed then, which the incumbent's do not notice.
     pub fn from_parts(base: Base, descriptors: BTreeMap<ItemId, OwnedFd>) -> Result<Bundle, BundleError> {
-        let items = matched(base.items, descriptors)?;
+        Bundle::put_together(base, descriptors, checked_kind)
+    }
+
+    /// As [`from_parts`](Bundle::from_parts), with descriptors whose kinds were checked before.
+    pub(crate) fn from_checked(
+        base: Base,
+        descriptors: BTreeMap<ItemId, OwnedFd>,
+    ) -> Result<Bundle, BundleError> {
+        Bundle::put_together(base, descriptors, |entry, _| Ok(entry.kind))
+    }
+
+    fn put_together(
+        base: Base,
+        descriptors: BTreeMap<ItemId, OwnedFd>,
+        kind: fn(&Entry, &OwnedFd) -> Result<Kind, BundleError>,
+    ) -> Result<Bundle, BundleError> {
+        let items = matched(base.items, descriptors, kind)?;
         let past_all = items.last_key_value().map_or(0, |(id, _)| id.0.saturating_add(1));
         Ok(Bundle {
             service: base.service,
@@ -236,7 +252,7 @@ impl Bundle {
         descriptors: BTreeMap<ItemId, OwnedFd>,
     ) -> Result<(), BundleError> {
         self.check_fits(&delta, base_crc)?;
-        let added = matched(delta.added, descriptors)?;
+        let added = matched(delta.added, descriptors, checked_kind)?;
 
         for id in &delta.ended {
             self.items.remove(id);
@@ -533,10 +549,11 @@ impl<T> Taken<T> {
     }
 }
 
-/// Gives each entry its descriptor, and checks that it is what the entry says.
+/// Gives each entry its descriptor, and the kind that this has.
 fn matched(
     mut entries: Vec<Entry>,
     descriptors: BTreeMap<ItemId, OwnedFd>,
+    kind: fn(&Entry, &OwnedFd) -> Result<Kind, BundleError>,
 ) -> Result<BTreeMap<ItemId, Item>, BundleError> {
     // They are sorted, unless they were made up here: one walk through both then finds what belongs together.
     entries.sort_by_key(|entry| entry.id);
@@ -549,7 +566,7 @@ fn matched(
                 _ => descriptors.next_if(|(id, _)| *id == entry.id),
             }
             .ok_or_else(|| BundleError::NoDescriptor { item: entry.to_string() })?;
-            entry.kind = checked_kind(&entry, &descriptor)?;
+            entry.kind = kind(&entry, &descriptor)?;
             Ok((entry.id, Item { entry, descriptor }))
         })
         .collect::<Result<_, BundleError>>()?;
@@ -559,7 +576,8 @@ fn matched(
     }
 }
 
-fn checked_kind(entry: &Entry, descriptor: &OwnedFd) -> Result<Kind, BundleError> {
+/// What a descriptor is, if that is what the entry says.
+pub(crate) fn checked_kind(entry: &Entry, descriptor: &OwnedFd) -> Result<Kind, BundleError> {
     let real = entry
         .kind
         .expected(descriptor)

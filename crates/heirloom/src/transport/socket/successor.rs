@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::de::DeserializeOwned;
 
-use crate::bundle::{Bundle, BundleError};
+use crate::bundle::{Bundle, BundleError, checked_kind};
 use crate::channel::{Channel, Incoming, SendError};
 use crate::clock;
 use crate::config::Config;
@@ -98,6 +98,8 @@ struct Takeover {
     base_crc: u32,
     delta: Option<Delta>,
     frozen_at_ns: u64,
+    /// Descriptors of the base that were not checked yet.
+    unchecked: Vec<(ItemId, OwnedFd)>,
     /// Descriptors that are not in the bundle yet.
     arrived: BTreeMap<ItemId, OwnedFd>,
     /// Items of the base that had ended before they were sent; the delta has to say so.
@@ -112,6 +114,8 @@ struct Takeover {
 
 /// Where the conversation waits for the application.
 enum Stop {
+    /// Items of the base have just arrived.
+    Arrived,
     Prepare,
     Decide,
     End(SuccessorOutcome),
@@ -144,6 +148,7 @@ impl Successor {
                 base_crc: 0,
                 delta: None,
                 frozen_at_ns: 0,
+                unchecked: Vec::new(),
                 arrived: BTreeMap::new(),
                 missing: Vec::new(),
                 bundle: Bundle::new(),
@@ -170,10 +175,40 @@ impl Successor {
     /// # Errors
     ///
     /// The incumbent withdrew, died, or sent what cannot be used.
-    pub fn receive(mut self) -> Result<Offered, TakeoverError> {
-        match self.takeover.run() {
-            Stop::Prepare => Ok(Offered { takeover: self.takeover }),
-            stop => Err(self.takeover.ended(stop)),
+    pub fn receive(self) -> Result<Offered, TakeoverError> {
+        self.receive_each(|_, _| Ok(()))
+    }
+
+    /// As [`Successor::receive`], and lends each descriptor once it has come and was checked, the control listener's
+    /// apart. To register them with a poller here takes less time than afterwards, for the incumbent sends meanwhile.
+    ///
+    /// What was lent may still end before the freeze, and is then not in the [`Complete::bundle`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Successor::receive`]. An error of `each` withdraws.
+    ///
+    /// ```
+    /// use heirloom::{Offered, Successor, TakeoverError};
+    /// use mio::{Interest, Registry, Token};
+    ///
+    /// fn receive(successor: Successor, registry: &Registry) -> Result<Offered, TakeoverError> {
+    ///     successor.receive_each(|entry, descriptor| {
+    ///         let token = Token(entry.id.0 as usize);
+    ///         heirloom::runtime::mio::register(registry, descriptor, token, Interest::READABLE)
+    ///     })
+    /// }
+    /// ```
+    pub fn receive_each(
+        mut self,
+        mut each: impl FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>,
+    ) -> Result<Offered, TakeoverError> {
+        loop {
+            match self.takeover.run() {
+                Stop::Arrived => self.takeover.show_arrived(&mut each),
+                Stop::Prepare => return Ok(Offered { takeover: self.takeover }),
+                stop => return Err(self.takeover.ended(stop)),
+            }
         }
     }
 }
@@ -317,6 +352,9 @@ impl Takeover {
                     SuccessorAction::End(outcome) => return Stop::End(outcome),
                 }
             }
+            if !self.unchecked.is_empty() {
+                return Stop::Arrived;
+            }
             if let Err(error) = self.wait() {
                 self.machine.abort(format_args!("cannot wait for the incumbent: {error}"));
             }
@@ -400,13 +438,13 @@ impl Takeover {
             }
             ToSuccessor::Batch { ids } => {
                 self.items += ids.len() as u64;
-                for (&id, descriptor) in ids.iter().zip(descriptors) {
-                    if self.arrived.insert(id, descriptor).is_some() {
-                        return Err(format!("item {id} was sent twice"));
-                    }
-                }
-                if self.arrived.len() > self.config.limits.items {
-                    return Err(format!("more than {} items", self.config.limits.items));
+                let arrived = ids.iter().copied().zip(descriptors);
+                if self.base.is_some() {
+                    self.unchecked.extend(arrived);
+                } else {
+                    arrived
+                        .map(|(id, descriptor)| self.keep_descriptor(id, descriptor))
+                        .collect::<Result<(), _>>()?;
                 }
             }
             ToSuccessor::Freeze => {
@@ -419,6 +457,42 @@ impl Takeover {
         Ok(())
     }
 
+    fn keep_descriptor(&mut self, id: ItemId, descriptor: OwnedFd) -> Result<(), String> {
+        if self.arrived.insert(id, descriptor).is_some() {
+            return Err(format!("item {id} was sent twice"));
+        }
+        if self.arrived.len() > self.config.limits.items {
+            return Err(format!("more than {} items", self.config.limits.items));
+        }
+        Ok(())
+    }
+
+    /// Checks the descriptors of the base that have just arrived, and lends them.
+    fn show_arrived(&mut self, each: &mut dyn FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>) {
+        for (id, descriptor) in std::mem::take(&mut self.unchecked) {
+            if let Err(what) = self.check_arrived(id, descriptor, each) {
+                return self.machine.abort(what);
+            }
+        }
+    }
+
+    fn check_arrived(
+        &mut self,
+        id: ItemId,
+        descriptor: OwnedFd,
+        each: &mut dyn FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>,
+    ) -> Result<(), String> {
+        let items = self.base.as_mut().map(|base| &mut base.items[..]).unwrap_or_default();
+        let at = items.binary_search_by_key(&id, |entry| entry.id);
+        let entry = &mut items[at.map_err(|_| BundleError::NotListed { id }.to_string())?];
+        entry.kind = checked_kind(entry, &descriptor).map_err(|error| error.to_string())?;
+        if id != ItemId::CONTROL {
+            each(entry, descriptor.as_fd())
+                .map_err(|error| format!("cannot prepare for {entry}: {error}"))?;
+        }
+        self.keep_descriptor(id, descriptor)
+    }
+
     fn read(&mut self, memfd: Option<OwnedFd>, what: &str) -> Result<Vec<u8>, String> {
         let memfd = memfd.ok_or_else(|| format!("{what} did not come"))?;
         let bytes = read_sealed(&memfd, self.config.limits.manifest_bytes)
@@ -427,7 +501,7 @@ impl Takeover {
         Ok(bytes)
     }
 
-    /// Puts base manifest and descriptors together and checks them, ahead of the freeze.
+    /// Puts base manifest and descriptors together, which were checked as they came.
     fn check_offer(&mut self) -> Result<(), BundleError> {
         let mut base = self.base.take().unwrap_or_default();
         let arrived = std::mem::take(&mut self.arrived);
@@ -435,7 +509,7 @@ impl Takeover {
             (base.items, self.missing) =
                 base.items.into_iter().partition(|entry| arrived.contains_key(&entry.id));
         }
-        self.bundle = Bundle::from_parts(base, arrived)?;
+        self.bundle = Bundle::from_checked(base, arrived)?;
         Ok(())
     }
 
