@@ -438,13 +438,11 @@ impl Takeover {
             }
             ToSuccessor::Batch { ids } => {
                 self.items += ids.len() as u64;
-                let arrived = ids.iter().copied().zip(descriptors);
+                let mut arrived = ids.iter().copied().zip(descriptors);
                 if self.base.is_some() {
                     self.unchecked.extend(arrived);
                 } else {
-                    arrived
-                        .map(|(id, descriptor)| self.keep_descriptor(id, descriptor))
-                        .collect::<Result<(), _>>()?;
+                    arrived.try_for_each(|(id, descriptor)| self.keep_descriptor(id, descriptor))?;
                 }
             }
             ToSuccessor::Freeze => {
