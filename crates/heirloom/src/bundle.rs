@@ -208,32 +208,21 @@ impl Bundle {
     /// # Errors
     /// [`BundleError::NoDescriptor`], [`BundleError::NotListed`], [`BundleError::WrongKind`] or
     /// [`BundleError::Unreadable`]. All descriptors are closed then, which the incumbent's do not notice.
-    pub fn from_parts(base: Base, descriptors: BTreeMap<ItemId, OwnedFd>) -> Result<Bundle, BundleError> {
-        Bundle::put_together(base, descriptors, checked_kind)
+    pub fn from_parts(mut base: Base, descriptors: BTreeMap<ItemId, OwnedFd>) -> Result<Bundle, BundleError> {
+        let items = matched(std::mem::take(&mut base.items), descriptors)?;
+        Ok(Bundle::of_items(base, items))
     }
 
-    /// As [`from_parts`](Bundle::from_parts), with descriptors whose kinds were checked before.
-    pub(crate) fn from_checked(
-        base: Base,
-        descriptors: BTreeMap<ItemId, OwnedFd>,
-    ) -> Result<Bundle, BundleError> {
-        Bundle::put_together(base, descriptors, |entry, _| Ok(entry.kind))
-    }
-
-    fn put_together(
-        base: Base,
-        descriptors: BTreeMap<ItemId, OwnedFd>,
-        kind: fn(&Entry, &OwnedFd) -> Result<Kind, BundleError>,
-    ) -> Result<Bundle, BundleError> {
-        let items = matched(base.items, descriptors, kind)?;
+    /// What a base says, with these items, which were checked, in place of its own.
+    pub(crate) fn of_items(base: Base, items: BTreeMap<ItemId, Item>) -> Bundle {
         let past_all = items.last_key_value().map_or(0, |(id, _)| id.0.saturating_add(1));
-        Ok(Bundle {
+        Bundle {
             service: base.service,
             state: base.state,
             items,
             next_id: base.next_id.max(past_all),
             by_name: None,
-        })
+        }
     }
 
     /// Brings a bundle that was made from a base to the moment of the delta.
@@ -252,7 +241,7 @@ impl Bundle {
         descriptors: BTreeMap<ItemId, OwnedFd>,
     ) -> Result<(), BundleError> {
         self.check_fits(&delta, base_crc)?;
-        let added = matched(delta.added, descriptors, checked_kind)?;
+        let added = matched(delta.added, descriptors)?;
 
         for id in &delta.ended {
             self.items.remove(id);
@@ -549,11 +538,10 @@ impl<T> Taken<T> {
     }
 }
 
-/// Gives each entry its descriptor, and the kind that this has.
+/// Gives each entry its descriptor, and checks that it is what the entry says.
 fn matched(
     mut entries: Vec<Entry>,
     descriptors: BTreeMap<ItemId, OwnedFd>,
-    kind: fn(&Entry, &OwnedFd) -> Result<Kind, BundleError>,
 ) -> Result<BTreeMap<ItemId, Item>, BundleError> {
     // They are sorted, unless they were made up here: one walk through both then finds what belongs together.
     entries.sort_by_key(|entry| entry.id);
@@ -566,7 +554,7 @@ fn matched(
                 _ => descriptors.next_if(|(id, _)| *id == entry.id),
             }
             .ok_or_else(|| BundleError::NoDescriptor { item: entry.to_string() })?;
-            entry.kind = kind(&entry, &descriptor)?;
+            entry.kind = checked_kind(&entry, &descriptor)?;
             Ok((entry.id, Item { entry, descriptor }))
         })
         .collect::<Result<_, BundleError>>()?;

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::de::DeserializeOwned;
 
-use crate::bundle::{Bundle, BundleError, checked_kind};
+use super::arriving::Arriving;
+use crate::bundle::{Bundle, BundleError};
 use crate::channel::{Channel, Incoming, SendError};
 use crate::clock;
 use crate::config::Config;
@@ -93,15 +94,15 @@ struct Takeover {
     path: PathBuf,
     service: Service,
     config: Config,
-    /// Until every early descriptor is there; then it is in the bundle.
-    base: Option<Base>,
+    /// Until every early descriptor is there; then they are in the bundle.
+    arriving: Option<Arriving>,
     base_crc: u32,
     delta: Option<Delta>,
     frozen_at_ns: u64,
     /// Descriptors of the base that were not checked yet.
     unchecked: Vec<(ItemId, OwnedFd)>,
-    /// Descriptors that are not in the bundle yet.
-    arrived: BTreeMap<ItemId, OwnedFd>,
+    /// Descriptors of items that the delta will list.
+    late: BTreeMap<ItemId, OwnedFd>,
     /// Items of the base that had ended before they were sent; the delta has to say so.
     missing: Vec<Entry>,
     bundle: Bundle,
@@ -144,12 +145,12 @@ impl Successor {
                 path: path.into(),
                 service,
                 config,
-                base: None,
+                arriving: None,
                 base_crc: 0,
                 delta: None,
                 frozen_at_ns: 0,
                 unchecked: Vec::new(),
-                arrived: BTreeMap::new(),
+                late: BTreeMap::new(),
                 missing: Vec::new(),
                 bundle: Bundle::new(),
                 standby: None,
@@ -433,16 +434,16 @@ impl Takeover {
                 let bytes = self.read(descriptors.pop(), "the base manifest")?;
                 let base = Base::decode(&bytes, &self.config.limits).map_err(|e| e.to_string())?;
                 base.check_sections(&[]).map_err(|e| e.to_string())?;
-                self.base = Some(base);
+                self.arriving = Some(Arriving::new(base));
                 self.base_crc = Header::read(&bytes).map_err(|e| e.to_string())?.crc;
             }
             ToSuccessor::Batch { ids } => {
                 self.items += ids.len() as u64;
                 let mut arrived = ids.iter().copied().zip(descriptors);
-                if self.base.is_some() {
+                if self.arriving.is_some() {
                     self.unchecked.extend(arrived);
                 } else {
-                    arrived.try_for_each(|(id, descriptor)| self.keep_descriptor(id, descriptor))?;
+                    arrived.try_for_each(|(id, descriptor)| self.keep_late(id, descriptor))?;
                 }
             }
             ToSuccessor::Freeze => {
@@ -455,11 +456,11 @@ impl Takeover {
         Ok(())
     }
 
-    fn keep_descriptor(&mut self, id: ItemId, descriptor: OwnedFd) -> Result<(), String> {
-        if self.arrived.insert(id, descriptor).is_some() {
+    fn keep_late(&mut self, id: ItemId, descriptor: OwnedFd) -> Result<(), String> {
+        if self.late.insert(id, descriptor).is_some() {
             return Err(format!("item {id} was sent twice"));
         }
-        if self.arrived.len() > self.config.limits.items {
+        if self.late.len() > self.config.limits.items {
             return Err(format!("more than {} items", self.config.limits.items));
         }
         Ok(())
@@ -467,28 +468,12 @@ impl Takeover {
 
     /// Checks the descriptors of the base that have just arrived, and lends them.
     fn show_arrived(&mut self, each: &mut dyn FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>) {
-        for (id, descriptor) in std::mem::take(&mut self.unchecked) {
-            if let Err(what) = self.check_arrived(id, descriptor, each) {
+        let Some(arriving) = &mut self.arriving else { return };
+        for (id, descriptor) in self.unchecked.drain(..) {
+            if let Err(what) = arriving.take_in(id, descriptor, each) {
                 return self.machine.abort(what);
             }
         }
-    }
-
-    fn check_arrived(
-        &mut self,
-        id: ItemId,
-        descriptor: OwnedFd,
-        each: &mut dyn FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>,
-    ) -> Result<(), String> {
-        let items = self.base.as_mut().map(|base| &mut base.items[..]).unwrap_or_default();
-        let at = items.binary_search_by_key(&id, |entry| entry.id);
-        let entry = &mut items[at.map_err(|_| BundleError::NotListed { id }.to_string())?];
-        entry.kind = checked_kind(entry, &descriptor).map_err(|error| error.to_string())?;
-        if id != ItemId::CONTROL {
-            each(entry, descriptor.as_fd())
-                .map_err(|error| format!("cannot prepare for {entry}: {error}"))?;
-        }
-        self.keep_descriptor(id, descriptor)
     }
 
     fn read(&mut self, memfd: Option<OwnedFd>, what: &str) -> Result<Vec<u8>, String> {
@@ -500,14 +485,9 @@ impl Takeover {
     }
 
     /// Puts base manifest and descriptors together, which were checked as they came.
-    fn check_offer(&mut self) -> Result<(), BundleError> {
-        let mut base = self.base.take().unwrap_or_default();
-        let arrived = std::mem::take(&mut self.arrived);
-        if arrived.len() < base.items.len() {
-            (base.items, self.missing) =
-                base.items.into_iter().partition(|entry| arrived.contains_key(&entry.id));
-        }
-        self.bundle = Bundle::from_checked(base, arrived)?;
+    fn check_offer(&mut self) -> Result<(), String> {
+        let arriving = self.arriving.take().ok_or("the base manifest did not come")?;
+        (self.bundle, self.missing) = arriving.finish();
         Ok(())
     }
 
@@ -530,7 +510,7 @@ impl Takeover {
             }
         }
         self.frozen_at_ns = delta.frozen_at_ns;
-        self.bundle.apply(delta, self.base_crc, std::mem::take(&mut self.arrived))
+        self.bundle.apply(delta, self.base_crc, std::mem::take(&mut self.late))
     }
 
     fn send(&mut self, message: &ToIncumbent) {
