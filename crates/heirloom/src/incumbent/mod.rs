@@ -365,7 +365,13 @@ impl<A> Incumbent<A> {
                     self.reply(id, Reply::Bye.to_line());
                     self.notices.push_back(Notice::Quit(id));
                 }
-                Ok(Request::Takeover(hello)) => self.hello(now, id, hello),
+                Ok(Request::Takeover(hello)) => {
+                    self.hello(now, id, hello);
+                    // A Pong to the Ping that follows would say that an incumbent of protocol 0 is there.
+                    if self.is_over() {
+                        return;
+                    }
+                }
                 Ok(Request::Upgrade(request)) => self.upgrade_asked(id, &request),
                 Ok(Request::Inspect) => {
                     if let Some(connection) = self.connections.get_mut(&id) {
@@ -431,6 +437,10 @@ impl<A> Incumbent<A> {
 
     fn successor_exited(&mut self, now: Instant) {
         let Some(takeover) = &mut self.takeover else { return };
+        // The event may be of the one before, when a takeover has ended and another begun since the wait.
+        if matches!(takeover.successor.exited(), Ok(Some(false))) {
+            return;
+        }
         if let Some(pidfd) = takeover.successor.pidfd() {
             let _ = epoll::delete(&self.epoll, pidfd);
         }
