@@ -329,6 +329,10 @@ impl Takeover {
     /// Drives the conversation until it waits for the application or has ended.
     fn run(&mut self) -> Stop {
         loop {
+            // First of all: the machine counts as arrived what the application has not seen yet.
+            if !self.unchecked.is_empty() {
+                return Stop::Arrived;
+            }
             let now = Instant::now();
             while let Some(action) = self.machine.poll() {
                 match action {
@@ -352,9 +356,6 @@ impl Takeover {
                     SuccessorAction::Unlock => self.lock.release(),
                     SuccessorAction::End(outcome) => return Stop::End(outcome),
                 }
-            }
-            if !self.unchecked.is_empty() {
-                return Stop::Arrived;
             }
             if let Err(error) = self.wait() {
                 self.machine.abort(format_args!("cannot wait for the incumbent: {error}"));
