@@ -1,23 +1,28 @@
-//! A chain of processes that take over from each other, and the clients at the other end of their connections.
+//! A chain of processes that take over from each other.
 //!
 //! Each successor becomes the incumbent of the next, so that every round has a fresh process. Both sides say at which
-//! moments things happened, by CLOCK_MONOTONIC, which all processes share; the difference is made here. The start of a
-//! process lies before its first moment, its end after the last one: neither is measured.
+//! moments things happened, by CLOCK_MONOTONIC, which all processes share; the differences are made here. The start of
+//! a process lies before its first moment. Its end lies after the last: one that was replaced lingers, so that the
+//! closing of its descriptors is no part of any figure, neither of the library's nor of the floor's.
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
+use std::ffi::OsString;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use rustix::time::{ClockId, clock_gettime};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+use crate::clients::Task;
+use crate::process::{Process, say};
+use crate::way::Way;
+
+/// How long a process that was replaced lives on.
+const LINGER: Duration = Duration::from_millis(50);
 
 /// What an incumbent says when it has been replaced.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Left {
-    /// When it stopped touching its connections.
+    /// When its last turn began: the one in which it learned that the successor is ready, and stopped.
     pub(crate) frozen: u64,
 }
 
@@ -28,137 +33,145 @@ pub(crate) struct Came {
     pub(crate) began: u64,
     /// When it had every descriptor, registered with its poller.
     pub(crate) registered: u64,
-    /// When it served.
-    pub(crate) serving: u64,
-    /// When it had read the first byte.
-    pub(crate) read: u64,
+    /// When it had everything, the incumbent frozen.
+    pub(crate) complete: u64,
+    /// When it had committed.
+    pub(crate) taken: u64,
+    /// When its first poll returned, with a connection that has something to read.
+    pub(crate) polled: u64,
 }
 
 /// One takeover, in nanoseconds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Round {
-    /// From the incumbent's freeze to the first byte that the successor reads.
+    /// From the incumbent's last turn to the return of the successor's first poll.
     pub(crate) pause: u64,
-    /// From the successor's connect until it serves.
-    pub(crate) whole: u64,
+    /// The parts of the pause: until the successor has everything, until it has committed, until its first poll returns.
+    pub(crate) pause_parts: [u64; 3],
     /// From the successor's connect until it has every descriptor, registered with its poller.
     pub(crate) transfer: u64,
 }
 
-/// The rounds of the library and of the floor.
-pub(crate) struct Rounds {
-    library: Vec<Round>,
-    floor: Vec<Round>,
-}
-
-impl Rounds {
-    /// Lets both take over, in turn, so that whatever else the machine does meets them alike.
-    pub(crate) fn run(connections: usize, rounds: usize) -> anyhow::Result<Rounds> {
-        let directory = tempfile::tempdir()?;
-        let mut library = Chain::begin("library", directory.path(), connections)?;
-        let mut floor = Chain::begin("floor", directory.path(), connections)?;
-        let mut run = Rounds { library: Vec::new(), floor: Vec::new() };
-        for _ in 0..rounds {
-            run.library.push(library.next()?);
-            run.floor.push(floor.next()?);
+impl Round {
+    fn of(left: Left, came: Came) -> Round {
+        let Came { began, registered, complete, taken, polled } = came;
+        Round {
+            pause: polled - left.frozen,
+            pause_parts: [complete - left.frozen, taken - complete, polled - taken],
+            transfer: registered - began,
         }
-        Ok(run)
-    }
-
-    /// One quantity of every round: the library's, and the floor's.
-    pub(crate) fn values(&self, of: impl Fn(&Round) -> u64) -> (Vec<u64>, Vec<u64>) {
-        (self.library.iter().map(&of).collect(), self.floor.iter().map(&of).collect())
     }
 }
 
-struct Chain {
-    kind: &'static str,
+/// The processes that take over from each other, and their clients.
+pub(crate) struct Chain {
+    way: Way,
     control: PathBuf,
-    clients: Vec<TcpStream>,
+    state_bytes: usize,
+    clients: Process,
     incumbent: Process,
-}
-
-struct Process {
-    child: Child,
-    says: BufReader<ChildStdout>,
+    /// The one that was replaced last, until it has ended.
+    replaced: Option<Process>,
 }
 
 impl Chain {
-    fn begin(kind: &'static str, directory: &Path, connections: usize) -> anyhow::Result<Self> {
-        let control = directory.join(format!("{kind}.sock"));
-        let count = connections.to_string();
-        let mut incumbent = Process::start(&format!("{kind}-first"), &control, Some(&count))?;
-        let address: String = incumbent.said()?;
-        let clients = (0..connections).map(|_| TcpStream::connect(&address)).collect::<Result<_, _>>()?;
+    /// Starts the first incumbent with as many connections.
+    pub(crate) fn begin(
+        way: Way,
+        directory: &Path,
+        connections: usize,
+        state_bytes: usize,
+    ) -> anyhow::Result<Self> {
+        let control = directory.join(format!("{}.sock", way.name()));
+        let mut incumbent = start(way, &control, state_bytes, Some(connections))?;
+        let servers: Vec<SocketAddr> = incumbent.said()?;
+        let servers = servers.iter().map(SocketAddr::to_string);
+        let mut clients =
+            Process::start(["clients".into(), connections.to_string()].into_iter().chain(servers))?;
+        let _: String = clients.said()?;
         let _: String = incumbent.said()?;
-        Ok(Chain { kind, control, clients, incumbent })
+        Ok(Chain { way, control, state_bytes, clients, incumbent, replaced: None })
     }
 
-    fn next(&mut self) -> anyhow::Result<Round> {
-        // What the successor reads first is there before it asks.
-        self.clients.last_mut().context("no client")?.write_all(b".")?;
-        let mut successor = Process::start(self.kind, &self.control, None)?;
+    /// One takeover of idle connections. What the successor's first poll finds is there before it asks; afterwards a
+    /// client is answered.
+    pub(crate) fn next(&mut self) -> anyhow::Result<Round> {
+        self.task(Task::Send)?;
+        let round = self.replace()?;
+        self.task(Task::Receive)?;
+        self.wait_for_replaced()?;
+        Ok(round)
+    }
+
+    /// One takeover while the sampled connections ask and are answered: the longest that each had to wait, and how long
+    /// they were watched.
+    pub(crate) fn next_sampled(&mut self) -> anyhow::Result<(Vec<u64>, Duration)> {
+        self.task(Task::Sample)?;
+        let began = Instant::now();
+        self.replace()?;
+        let watched = began.elapsed();
+        let gaps = self.stop_sampling()?;
+        self.wait_for_replaced()?;
+        Ok((gaps, watched))
+    }
+
+    /// The longest that each sampled connection has to wait in so much time without a takeover.
+    pub(crate) fn sample_unreplaced(&mut self, watched: Duration) -> anyhow::Result<Vec<u64>> {
+        self.task(Task::Sample)?;
+        std::thread::sleep(watched);
+        self.stop_sampling()
+    }
+
+    fn task(&mut self, task: Task) -> anyhow::Result<()> {
+        self.clients.tell(&task)?;
+        self.clients.said::<String>().map(drop)
+    }
+
+    fn stop_sampling(&mut self) -> anyhow::Result<Vec<u64>> {
+        self.clients.tell(&Task::Stop)?;
+        self.clients.said()
+    }
+
+    fn replace(&mut self) -> anyhow::Result<Round> {
+        let mut successor = start(self.way, &self.control, self.state_bytes, None)?;
         let came: Came = successor.said()?;
-        let mut left = std::mem::replace(&mut self.incumbent, successor);
-        let Left { frozen } = left.said()?;
-        let status = left.child.wait()?;
-        if !status.success() {
-            bail!("the incumbent of a measurement ended with {status}");
-        }
-        Ok(Round {
-            pause: came.read - frozen,
-            whole: came.serving - came.began,
-            transfer: came.registered - came.began,
-        })
+        let left: Left = self.incumbent.said()?;
+        self.replaced = Some(std::mem::replace(&mut self.incumbent, successor));
+        Ok(Round::of(left, came))
+    }
+
+    /// Waits for the end of the process that was replaced, so that it does not disturb what is measured next.
+    fn wait_for_replaced(&mut self) -> anyhow::Result<()> {
+        self.replaced.take().map_or(Ok(()), Process::ended)
     }
 }
 
-impl Process {
-    fn start(part: &str, control: &Path, connections: Option<&str>) -> anyhow::Result<Process> {
-        let mut child = Command::new(std::env::current_exe()?)
-            .arg(part)
-            .arg(control)
-            .args(connections)
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start a process of the measurement")?;
-        let says = BufReader::new(child.stdout.take().context("its stdout is a pipe")?);
-        Ok(Process { child, says })
-    }
-
-    fn said<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
-        let mut line = String::new();
-        if self.says.read_line(&mut line)? == 0 {
-            bail!("a process of the measurement ended early; it says why above");
-        }
-        Ok(serde_json::from_str(&line)?)
-    }
+fn start(way: Way, control: &Path, state_bytes: usize, first: Option<usize>) -> anyhow::Result<Process> {
+    let mut arguments: Vec<OsString> =
+        vec!["server".into(), way.name().into(), control.into(), state_bytes.to_string().into()];
+    arguments.extend(first.map(|count| count.to_string().into()));
+    Process::start(arguments)
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It has ended already, unless the measurement has.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Says something to whoever measures.
-pub(crate) fn say(what: &impl Serialize) -> anyhow::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "{}", serde_json::to_string(what)?)?;
-    Ok(stdout.flush()?)
-}
+/// How many connections go to one address: with very many the kernel takes long to find a free port.
+pub(crate) const SHARE: usize = 1000;
 
 /// The first incumbent's connections.
 pub(crate) fn connections(count: usize) -> anyhow::Result<Vec<TcpStream>> {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
-    say(&listener.local_addr()?.to_string())?;
-    Ok((0..count).map(|_| listener.accept().map(|(stream, _)| stream)).collect::<Result<_, _>>()?)
+    let listeners: Vec<TcpListener> =
+        (0..count.div_ceil(SHARE)).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
+    say(&listeners.iter().map(TcpListener::local_addr).collect::<Result<Vec<_>, _>>()?)?;
+    let accept = |number: usize| {
+        let (connection, _) = listeners[number / SHARE].accept()?;
+        connection.set_nodelay(true)?;
+        Ok(connection)
+    };
+    (0..count).map(accept).collect()
 }
 
-/// CLOCK_MONOTONIC in nanoseconds, the same in all processes.
-pub(crate) fn now() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+/// Says that this process was replaced, and lets some time pass before it ends.
+pub(crate) fn leave(frozen: u64) -> anyhow::Result<()> {
+    say(&Left { frozen })?;
+    std::thread::sleep(LINGER);
+    Ok(())
 }

@@ -1,22 +1,32 @@
 //! A figure beside its floor, and the table of them.
 
-use std::fmt::Write as _;
+use std::fmt;
 
 use serde::Serialize;
 
-/// One measured quantity.
+/// All values of one quantity, and those of its floor.
+pub(crate) struct Measured {
+    suite: &'static str,
+    case: String,
+    unit: Unit,
+    /// In nanoseconds, ascending.
+    values: Vec<u64>,
+    floors: Vec<u64>,
+}
+
+/// One figure of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Figure {
-    pub(crate) suite: String,
-    pub(crate) case: String,
+    suite: &'static str,
+    case: String,
     /// How many times it was measured.
-    pub(crate) n: u64,
-    pub(crate) value: f64,
-    pub(crate) unit: String,
+    n: u64,
+    value: f64,
+    unit: &'static str,
     /// The same of a minimal loop of the same system calls.
-    pub(crate) floor: f64,
+    floor: f64,
     /// `value` / `floor`.
-    pub(crate) ratio: f64,
+    ratio: f64,
 }
 
 /// In what a figure is given.
@@ -36,24 +46,34 @@ impl Unit {
     }
 }
 
-impl Figure {
-    /// The figures of one quantity, of its values in nanoseconds and those of the floor: median and 99th percentile.
-    pub(crate) fn of(
-        suite: &str,
-        case: &str,
+/// What is told of the distribution of the values: their percentiles.
+const PERCENTILES: [(&str, usize); 4] = [("p50", 50), ("p90", 90), ("p99", 99), ("max", 100)];
+
+impl Measured {
+    /// Values and floors in nanoseconds, in any order.
+    pub(crate) fn new(
+        suite: &'static str,
+        case: String,
         unit: Unit,
-        (values, floors): (Vec<u64>, Vec<u64>),
-    ) -> [Figure; 2] {
-        let (sign, ns) = unit.sign();
-        [("median", 50), ("p99", 99)].map(|(name, percent)| {
-            let value = percentile(&values, percent) as f64 / ns;
-            let floor = percentile(&floors, percent) as f64 / ns;
+        (mut values, mut floors): (Vec<u64>, Vec<u64>),
+    ) -> Self {
+        values.sort_unstable();
+        floors.sort_unstable();
+        Measured { suite, case, unit, values, floors }
+    }
+
+    /// Its figures, one for each percentile.
+    pub(crate) fn figures(&self) -> [Figure; 4] {
+        let (unit, ns) = self.unit.sign();
+        PERCENTILES.map(|(name, percent)| {
+            let value = percentile(&self.values, percent) as f64 / ns;
+            let floor = percentile(&self.floors, percent) as f64 / ns;
             Figure {
-                suite: suite.into(),
-                case: format!("{case}, {name}"),
-                n: values.len() as u64,
+                suite: self.suite,
+                case: format!("{}, {name}", self.case),
+                n: self.values.len() as u64,
                 value,
-                unit: sign.into(),
+                unit,
                 floor,
                 ratio: value / floor,
             }
@@ -61,27 +81,31 @@ impl Figure {
     }
 }
 
-/// The value below which `percent` per cent of the values are; 0 if there are none.
-pub(crate) fn percentile(values: &[u64], percent: usize) -> u64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable();
+/// The value below which `percent` per cent of the sorted values are; 0 if there are none.
+fn percentile(sorted: &[u64], percent: usize) -> u64 {
     let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
     sorted.get(at).copied().unwrap_or(0)
 }
 
-/// The figures for people.
-pub(crate) fn table(figures: &[Figure]) -> String {
-    let mut out =
-        format!("{:<10} {:<24} {:>5} {:>10} {:>10} {:>6}", "suite", "case", "n", "value", "floor", "ratio");
-    for figure in figures {
-        let Figure { suite, case, n, value, unit, floor, ratio } = figure;
-        // Writing to a String cannot fail.
-        let _ = write!(
-            out,
-            "\n{suite:<10} {case:<24} {n:>5} {value:>7.0} {unit} {floor:>7.0} {unit} {ratio:>6.2}"
-        );
+/// What stands above the lines of a table.
+pub(crate) fn head() -> String {
+    format!(
+        "{:<9} {:<45} {:>5}    {:>8} {:>8} {:>8} {:>8} {:>9} {:>6}",
+        "suite", "case", "n", "p50", "p90", "p99", "max", "floor p50", "ratio"
+    )
+}
+
+impl fmt::Display for Measured {
+    /// Its line in the table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [p50, p90, p99, max] = self.figures();
+        let Figure { suite, n, unit, floor, ratio, .. } = &p50;
+        write!(f, "{suite:<9} {:<45} {n:>5} {unit}", self.case)?;
+        for figure in [&p50, &p90, &p99, &max] {
+            write!(f, " {:>8.0}", figure.value)?;
+        }
+        write!(f, " {floor:>9.0} {ratio:>6.2}")
     }
-    out
 }
 
 #[cfg(test)]
@@ -90,9 +114,10 @@ mod tests {
 
     #[test]
     fn percentiles() {
-        let values: Vec<u64> = (1..=100).rev().collect();
+        let values: Vec<u64> = (1..=100).collect();
         assert_eq!(percentile(&values, 50), 51);
         assert_eq!(percentile(&values, 99), 100);
+        assert_eq!(percentile(&values, 100), 100);
         assert_eq!(percentile(&[7], 99), 7);
         assert_eq!(percentile(&[], 50), 0);
     }

@@ -1,101 +1,202 @@
 //! The floor of a takeover: the system calls that it cannot do without, in the same order, and nothing else. No checks, no
 //! time limits, nobody watched, blocking calls.
 //!
-//! Ahead of the freeze: a connect to a path; a request, and as its answer one end of a SEQPACKET pair; a memfd written,
-//! sealed, passed and read; the listener and the connections passed, 252 a packet; each connection registered with an
-//! epoll. In the freeze: a second memfd, an answer, the lock released, a packet, the lock taken, a packet. One packet
-//! for each that the library sends: Offer, Batch, Credit, Offered, Ready, Freeze, Accept, Released, Taken.
+//! Ahead of the freeze: a connect to a path; a request, and as its answer one end of a SEQPACKET pair; a memfd of as many
+//! bytes as the library's manifest has, written, sealed, passed and read; the listener and the connections passed, 252 a
+//! packet, the connections served between two packets; each connection registered with an epoll as it arrives. In the freeze: a
+//! second memfd, an answer, the lock released, a packet, the lock taken, a packet. One packet for each that the library
+//! sends, but no credit: a full queue makes the sender wait.
+//!
+//! The other ways differ in how the descriptors are passed, and in nothing else.
 
-use std::io::Read;
-use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use heirloom::descriptors::{Received, Wait, receive_with, send_with};
-use rustix::event::epoll;
+use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fs::{FlockOperation, MemfdFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::time::Timespec;
 
-use crate::chain::{Came, Left, connections, now, say};
+use crate::chain::{Came, connections, leave};
+use crate::echo::echo;
+use crate::process::{now, say};
+use crate::way::Way;
 
-/// About the size of the library's manifests for one connection.
-const MANIFEST: [u8; 300] = [7; 300];
+/// Bytes of a manifest without items, and for each item beside its state: about what the library's have.
+const MANIFEST: usize = 200;
+const ITEM: usize = 20;
 /// Descriptors a packet, as many as the library sends.
 const BATCH: usize = 252;
+/// Connections at a time, where each descriptor has one.
+const AT_A_TIME: usize = 64;
 
-/// The first incumbent of the floor's chain.
-pub(crate) fn first(control: &Path, count: usize) -> anyhow::Result<()> {
+/// The tokens of what is no connection.
+const LISTENER: u64 = u64::MAX - 1;
+const CHANNEL: u64 = u64::MAX;
+
+struct Server {
+    way: Way,
+    poller: OwnedFd,
+    listener: UnixListener,
+    lock: OwnedFd,
+    connections: Vec<OwnedFd>,
+    state_bytes: usize,
+    /// Where a descriptor's own connection goes.
+    beside: PathBuf,
+}
+
+/// The first incumbent of the chain.
+pub(crate) fn first(way: Way, control: &Path, count: usize, state_bytes: usize) -> anyhow::Result<()> {
     let listener = UnixListener::bind(control)?;
     let lock = lock_file(control)?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
-    let connections = connections(count)?.into_iter().map(OwnedFd::from).collect::<Vec<_>>();
+    let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let connections: Vec<OwnedFd> = connections(count)?.into_iter().map(OwnedFd::from).collect();
+    register(&poller, &connections, 0)?;
+    epoll::add(&poller, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
     say(&"serving")?;
-    serve(&listener, &connections, &lock)
+    Server { way, poller, listener, lock, connections, state_bytes, beside: beside(control) }.serve()
 }
 
-/// A successor of the floor's chain.
-pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
+/// A successor of the chain.
+pub(crate) fn successor(way: Way, control: &Path, state_bytes: usize) -> anyhow::Result<()> {
+    let own = match way {
+        Way::OneAConnection => Some(UnixListener::bind(beside(control))?),
+        _ => None,
+    };
     let began = now();
     let asking = UnixStream::connect(control)?;
     send(&asking, b"hello", &[])?;
-    let channel = receive(&asking)?.0.descriptors.pop().context("no channel came")?;
+    let mut channels = receive(&asking)?.descriptors;
+    let (stream, channel) =
+        (channels.pop().context("no stream came")?, channels.pop().context("no channel came")?);
     let lock = lock_file(control)?;
     let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    read_manifest(&receive(&channel)?.0.descriptors)?;
-    let mut lent = Vec::new();
+    read_manifest(&receive(&channel)?.descriptors)?;
+    // The listener comes first, and is registered when it is ours.
+    let (mut listener, mut lent) = (None, Vec::new());
     loop {
-        let batch = receive(&channel)?.0.descriptors;
-        if batch.is_empty() {
+        let mut arrived = match (way, &own) {
+            (_, Some(own)) => receive_one(own)?,
+            (Way::OneAMessage, _) => receive(&stream)?.descriptors,
+            _ => receive(&channel)?.descriptors,
+        };
+        if arrived.is_empty() {
             break;
         }
-        lent.extend(batch);
-        send(&channel, b"credit", &[])?;
+        if listener.is_none() {
+            listener = Some(UnixListener::from(arrived.remove(0)));
+        }
+        register(&poller, &arrived, lent.len() as u64)?;
+        lent.extend(arrived);
     }
-    let listener: UnixListener = lent.remove(0).into();
-    for (connection, token) in lent.iter().zip(0..) {
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&poller, connection, epoll::EventData::new_u64(token), flags)?;
-    }
+    let listener = listener.context("no listener came")?;
     let registered = now();
     send(&channel, b"ready", &[])?;
-    read_manifest(&receive(&channel)?.0.descriptors)?;
+    read_manifest(&receive(&channel)?.descriptors)?;
+    let complete = now();
     send(&channel, b"accept", &[])?;
     receive(&channel)?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
     send(&channel, b"taken", &[])?;
-    let serving = now();
-    let mut connection: TcpStream = lent.pop().context("no connection came")?.into();
-    connection.read_exact(&mut [0])?;
-    let read = now();
-    lent.push(connection.into());
-    say(&Came { began, registered, serving, read })?;
-    serve(&listener, &lent, &lock)
+    let taken = now();
+    epoll::add(&poller, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
+    let events = wait(&poller, None)?;
+    let polled = now();
+    for token in events.into_iter().filter(|&token| token != LISTENER) {
+        echo(lent[token as usize].as_fd())?;
+    }
+    if own.is_some() {
+        std::fs::remove_file(beside(control))?;
+    }
+    say(&Came { began, registered, complete, taken, polled })?;
+    Server { way, poller, listener, lock, connections: lent, state_bytes, beside: beside(control) }.serve()
 }
 
-fn serve(listener: &UnixListener, connections: &[OwnedFd], lock: &OwnedFd) -> anyhow::Result<()> {
-    let (asking, _) = listener.accept()?;
-    receive(&asking)?;
-    let (channel, theirs) =
-        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    send(&asking, b"welcome", &[theirs.as_fd()])?;
-    drop(theirs);
-    send(&channel, b"offer", &[sealed()?.as_fd()])?;
-    let lent: Vec<BorrowedFd<'_>> =
-        std::iter::once(listener.as_fd()).chain(connections.iter().map(AsFd::as_fd)).collect();
-    for batch in lent.chunks(BATCH) {
-        send(&channel, b"batch", batch)?;
+impl Server {
+    fn serve(self) -> anyhow::Result<()> {
+        while !self.turn(None)?.contains(&LISTENER) {}
+        self.hand_over()
     }
-    send(&channel, b"offered", &[])?;
-    while receive(&channel)?.1 != b"ready" {}
-    let frozen = now();
-    send(&channel, b"freeze", &[sealed()?.as_fd()])?;
-    receive(&channel)?;
-    rustix::fs::flock(lock, FlockOperation::Unlock)?;
-    send(&channel, b"released", &[])?;
-    receive(&channel)?;
-    say(&Left { frozen })
+
+    /// Answers the clients that ask; the tokens of all that has happened.
+    fn turn(&self, timeout: Option<&Timespec>) -> anyhow::Result<Vec<u64>> {
+        let events = wait(&self.poller, timeout)?;
+        // What is sent on the last connection is for the successor's first poll to find.
+        let last = self.connections.len() as u64 - 1;
+        for &token in events.iter().filter(|&&token| token < last) {
+            echo(self.connections[token as usize].as_fd())?;
+        }
+        Ok(events)
+    }
+
+    fn hand_over(self) -> anyhow::Result<()> {
+        let (asking, _) = self.listener.accept()?;
+        receive(&asking)?;
+        let pair = |kind| rustix::net::socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None);
+        let (channel, theirs) = pair(SocketType::SEQPACKET)?;
+        let (stream, their_stream) = pair(SocketType::STREAM)?;
+        send(&asking, b"welcome", &[theirs.as_fd(), their_stream.as_fd()])?;
+        drop((theirs, their_stream));
+        let count = self.connections.len();
+        send(&channel, b"offer", &[sealed(MANIFEST + count * (ITEM + self.state_bytes))?.as_fd()])?;
+        let lent: Vec<BorrowedFd<'_>> =
+            std::iter::once(self.listener.as_fd()).chain(self.connections.iter().map(AsFd::as_fd)).collect();
+        for batch in lent.chunks(BATCH) {
+            match self.way {
+                Way::OneAMessage => batch.iter().try_for_each(|&one| send(&stream, b"one", &[one]))?,
+                Way::OneAConnection => send_each(&self.beside, batch)?,
+                _ => send(&channel, b"batch", batch)?,
+            }
+            self.turn(Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        }
+        match self.way {
+            Way::OneAMessage => send(&stream, b"end", &[])?,
+            Way::OneAConnection => send(UnixStream::connect(&self.beside)?, b"end", &[])?,
+            _ => send(&channel, b"offered", &[])?,
+        }
+        epoll::add(&self.poller, &channel, EventData::new_u64(CHANNEL), EventFlags::IN)?;
+        while !self.turn(None)?.contains(&CHANNEL) {}
+        let frozen = now();
+        receive(&channel)?;
+        send(&channel, b"freeze", &[sealed(MANIFEST)?.as_fd()])?;
+        receive(&channel)?;
+        rustix::fs::flock(&self.lock, FlockOperation::Unlock)?;
+        send(&channel, b"released", &[])?;
+        receive(&channel)?;
+        leave(frozen)
+    }
+}
+
+/// Passes each descriptor on a connection of its own, and waits until all are acknowledged.
+fn send_each(to: &Path, descriptors: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
+    for some in descriptors.chunks(AT_A_TIME) {
+        let sent = some.iter().map(|&one| {
+            let connection = UnixStream::connect(to)?;
+            send(&connection, b"one", &[one])?;
+            Ok(connection)
+        });
+        let sent: Vec<UnixStream> = sent.collect::<anyhow::Result<_>>()?;
+        sent.iter().try_for_each(|connection| receive(connection).map(drop))?;
+    }
+    Ok(())
+}
+
+/// The descriptor that came on the next connection; none at the end.
+fn receive_one(listener: &UnixListener) -> anyhow::Result<Vec<OwnedFd>> {
+    let (connection, _) = listener.accept()?;
+    let descriptors = receive(&connection)?.descriptors;
+    if !descriptors.is_empty() {
+        send(&connection, b"ack", &[])?;
+    }
+    Ok(descriptors)
+}
+
+fn beside(control: &Path) -> PathBuf {
+    control.with_extension("each")
 }
 
 fn lock_file(control: &Path) -> anyhow::Result<OwnedFd> {
@@ -103,12 +204,27 @@ fn lock_file(control: &Path) -> anyhow::Result<OwnedFd> {
     Ok(std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?.into())
 }
 
-fn sealed() -> anyhow::Result<OwnedFd> {
+/// As mio registers for reading.
+fn register(poller: &OwnedFd, connections: &[OwnedFd], first: u64) -> anyhow::Result<()> {
+    for (connection, token) in connections.iter().zip(first..) {
+        let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        epoll::add(poller, connection, EventData::new_u64(token), flags)?;
+    }
+    Ok(())
+}
+
+fn wait(poller: &OwnedFd, timeout: Option<&Timespec>) -> anyhow::Result<Vec<u64>> {
+    let mut events = Vec::with_capacity(1024);
+    epoll::wait(poller, rustix::buffer::spare_capacity(&mut events), timeout)?;
+    Ok(events.iter().map(|event| event.data.u64()).collect())
+}
+
+fn sealed(bytes: usize) -> anyhow::Result<OwnedFd> {
     let memfd = rustix::fs::memfd_create(
         "floor",
         MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL,
     )?;
-    rustix::io::pwrite(&memfd, &MANIFEST, 0)?;
+    rustix::io::pwrite(&memfd, &vec![7; bytes], 0)?;
     rustix::fs::fcntl_add_seals(
         &memfd,
         SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL,
@@ -119,10 +235,11 @@ fn sealed() -> anyhow::Result<OwnedFd> {
 fn read_manifest(descriptors: &[OwnedFd]) -> anyhow::Result<()> {
     let memfd = descriptors.first().context("no manifest came")?;
     rustix::fs::fcntl_get_seals(memfd)?;
-    rustix::fs::fstat(memfd)?;
-    let read = rustix::io::pread(memfd, &mut [0; MANIFEST.len()], 0)?;
-    if read != MANIFEST.len() {
-        bail!("a manifest of {read} bytes");
+    let bytes = rustix::fs::fstat(memfd)?.st_size as usize;
+    let mut manifest = Vec::with_capacity(bytes);
+    let read = rustix::io::pread(memfd, rustix::buffer::spare_capacity(&mut manifest), 0)?;
+    if read != bytes {
+        bail!("{read} of {bytes} bytes of a manifest");
     }
     Ok(())
 }
@@ -132,12 +249,10 @@ fn send(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> anyh
     Ok(())
 }
 
-fn receive(socket: impl AsFd) -> anyhow::Result<(Received, Vec<u8>)> {
-    let mut bytes = [0; 64];
-    let received = receive_with(socket, &mut bytes, Wait::Block)?;
+fn receive(socket: impl AsFd) -> anyhow::Result<Received> {
+    let received = receive_with(socket, &mut [0; 64], Wait::Block)?;
     if received.bytes == 0 {
         bail!("the other process of the measurement has ended");
     }
-    let bytes = bytes[..received.bytes].to_vec();
-    Ok((received, bytes))
+    Ok(received)
 }

@@ -1,91 +1,112 @@
-//! The library's side of a measurement: a program that keeps its connections in a bundle, as a chat client does its one,
-//! and a small state that is written anew at the freeze.
+//! The library's side of a measurement: an echo server on mio that keeps its connections in the bundle.
+//!
+//! A connection is borrowed from the bundle when it has something to read, so that a takeover leaves nothing to be done
+//! for one that has not.
 
-use std::io::Read;
-use std::net::TcpStream;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use heirloom::manifest::Delta;
-use heirloom::runtime::blocking;
-use heirloom::{
-    Bundle, Cbor, Codec, Config, Incumbent, ItemId, NoRequests, Outcome, Replace, Service, Start, Turn,
-};
-use rustix::event::epoll;
-use serde::{Deserialize, Serialize};
+use heirloom::runtime::mio::{register, timeout};
+use heirloom::{Bundle, Config, Incumbent, ItemId, NoRequests, Outcome, Replace, Service, Start, Turn};
+use mio::{Events, Interest, Poll, Token};
 
-use crate::chain::{Came, Left, connections, now, say};
+use crate::chain::{Came, connections, leave};
+use crate::echo::echo;
+use crate::process::{now, say};
 
 const NAME: &str = "connection";
 
-/// The state that travels: about what a chat client has.
-#[derive(Serialize, Deserialize)]
-struct State {
-    unwritten: String,
-    bytes_in: u64,
-    bytes_out: u64,
-}
-
 /// The first incumbent of the chain.
-pub(crate) fn first(control: &Path, count: usize) -> anyhow::Result<()> {
-    let Start::Fresh(incumbent) = ask(control, Replace::Never)? else { bail!("somebody is there") };
+pub(crate) fn first(control: &Path, count: usize, state_bytes: usize) -> anyhow::Result<()> {
+    let Start::Fresh(mut incumbent) = ask(control, Replace::Never)? else { bail!("somebody is there") };
+    let poll = Poll::new()?;
     let mut bundle = Bundle::new();
     for connection in connections(count)? {
-        bundle.add_plain(NAME, connection)?;
+        let id = bundle.add_encoded(NAME, connection, vec![b'x'; state_bytes])?;
+        register(poll.registry(), descriptor(&bundle, id)?, token(id), Interest::READABLE)?;
     }
-    let state = State { unwritten: "x".repeat(100), bytes_in: 1, bytes_out: 1 };
-    bundle.set_state(&state)?;
+    poll.registry().register(&mut incumbent, token(ItemId::CONTROL), Interest::READABLE)?;
     say(&"serving")?;
-    serve(incumbent, &bundle, &state)
+    Server { poll, bundle, incumbent }.serve()
 }
 
 /// A successor of the chain.
 pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
     let began = now();
     let Start::Successor(successor) = ask(control, Replace::Must)? else { bail!("nobody hands over") };
-    let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    let offered = successor.receive()?;
-    let bundle = offered.bundle();
-    let mut last = ItemId::CONTROL;
-    for entry in bundle.entries().filter(|entry| entry.id != ItemId::CONTROL) {
-        let descriptor = bundle.descriptor(entry.id).context("an item without descriptor")?;
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&poller, descriptor, epoll::EventData::new_u64(entry.id.0), flags)?;
-        last = entry.id;
-    }
+    let mut poll = Poll::new()?;
+    let mut events = Events::with_capacity(1024);
+    let offered = successor.receive_each(|entry, descriptor| {
+        register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)
+    })?;
     let registered = now();
-    let complete = offered.ready()?;
-    let state: State = complete.bundle().state()?.context("no state came")?;
-    let mut taken = complete.accept::<NoRequests>()?;
-    let serving = now();
-    let mut connection = taken.bundle.take_id::<TcpStream>(last)?.descriptor;
-    connection.read_exact(&mut [0])?;
-    let read = now();
-    taken.bundle.add_plain(NAME, connection)?;
-    say(&Came { began, registered, serving, read })?;
-    serve(taken.incumbent, &taken.bundle, &state)
+    let ready = offered.ready()?;
+    let complete = now();
+    let mut came = ready.accept::<NoRequests>()?;
+    let taken = now();
+    poll.registry().register(&mut came.incumbent, token(ItemId::CONTROL), Interest::READABLE)?;
+    poll.poll(&mut events, None)?;
+    let polled = now();
+    let server = Server { poll, bundle: came.bundle, incumbent: came.incumbent };
+    for event in &events {
+        server.answer(id(event.token()))?;
+    }
+    say(&Came { began, registered, complete, taken, polled })?;
+    server.serve()
 }
 
-fn ask(control: &Path, replace: Replace) -> anyhow::Result<Start<NoRequests>> {
-    Ok(heirloom::start(control, Service::new("measurement"), Config::default(), replace)?)
+struct Server {
+    poll: Poll,
+    bundle: Bundle,
+    incumbent: Incumbent,
 }
 
-fn serve(mut incumbent: Incumbent, bundle: &Bundle, state: &State) -> anyhow::Result<()> {
-    incumbent.set_items(bundle.entries().map(|entry| (entry.id, entry.name.clone(), entry.kind)));
-    loop {
-        blocking::wait(&incumbent, &mut Vec::new(), None)?;
+impl Server {
+    fn serve(mut self) -> anyhow::Result<()> {
+        let mut events = Events::with_capacity(1024);
+        // What is sent on the last connection from now on is for the successor's first poll to find.
+        let last = self.bundle.entries().last().map(|entry| entry.id);
+        self.incumbent
+            .set_items(self.bundle.entries().map(|entry| (entry.id, entry.name.clone(), entry.kind)));
         loop {
-            match incumbent.turn(Instant::now())? {
-                Turn::Idle => break,
-                Turn::Offer(offer) => offer.begin_bundle(bundle)?,
-                Turn::Batch(batch) => batch.send(|id| bundle.descriptor(id)),
+            self.poll.poll(&mut events, timeout(&self.incumbent))?;
+            let mut due = self.incumbent.deadline().is_some_and(|at| at <= Instant::now());
+            for event in &events {
+                match id(event.token()) {
+                    ItemId::CONTROL => due = true,
+                    id if Some(id) == last => {}
+                    id => self.answer(id)?,
+                }
+            }
+            if due && let Some(frozen) = self.turns()? {
+                return leave(frozen);
+            }
+        }
+    }
+
+    fn answer(&self, id: ItemId) -> anyhow::Result<()> {
+        if id == ItemId::CONTROL { Ok(()) } else { echo(descriptor(&self.bundle, id)?) }
+    }
+
+    /// Lets the incumbent do what it has to do; when its last turn began, once this process was replaced.
+    fn turns(&mut self) -> anyhow::Result<Option<u64>> {
+        loop {
+            let began = now();
+            match self.incumbent.turn(Instant::now())? {
+                Turn::Idle => return Ok(None),
+                Turn::Offer(offer) => offer.begin_bundle(&self.bundle)?,
+                Turn::Batch(batch) => {
+                    batch.send(|id| self.bundle.descriptor(id));
+                    // The connections have their turn between two batches.
+                    return Ok(None);
+                }
                 Turn::Freeze(freeze) => {
-                    let frozen = now();
-                    let state = Some(Cbor::encode(state)?);
-                    let delta = Delta { state, next_id: bundle.next_id().0, ..Delta::default() };
-                    return match freeze.release(delta, |id| bundle.descriptor(id))? {
-                        Outcome::Taken(_) => say(&Left { frozen }),
+                    let delta = Delta { next_id: self.bundle.next_id().0, ..Delta::default() };
+                    return match freeze.release(delta, |id| self.bundle.descriptor(id))? {
+                        Outcome::Taken(_) => Ok(Some(began)),
                         outcome => bail!("a measurement failed: {outcome:?}"),
                     };
                 }
@@ -94,4 +115,20 @@ fn serve(mut incumbent: Incumbent, bundle: &Bundle, state: &State) -> anyhow::Re
             }
         }
     }
+}
+
+fn ask(control: &Path, replace: Replace) -> anyhow::Result<Start<NoRequests>> {
+    Ok(heirloom::start(control, Service::new("measurement"), Config::default(), replace)?)
+}
+
+fn descriptor(bundle: &Bundle, id: ItemId) -> anyhow::Result<BorrowedFd<'_>> {
+    bundle.descriptor(id).context("an item without descriptor")
+}
+
+fn token(id: ItemId) -> Token {
+    Token(id.0 as usize)
+}
+
+fn id(token: Token) -> ItemId {
+    ItemId(token.0 as u64)
 }

@@ -3,23 +3,33 @@
 #![forbid(unsafe_code)]
 
 mod chain;
+mod clients;
+mod echo;
 mod figure;
 mod floor;
 mod library;
-mod takeover;
+mod process;
+mod suite;
+mod way;
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+use suite::Suite;
+use way::Way;
 
 const FLOOR: &str = "\
 Each figure stands beside its floor: two real processes that make only the system calls that a takeover cannot do
 without, blocking and unchecked. A connect to a path; one end of a SEQPACKET pair passed; two memfds written, sealed,
 passed and read; the listener and the connections passed, 252 a packet, and registered with an epoll; one packet for
 each that the library sends; the lock released and taken. Library and floor take over in turn, in the same run. The
-start of a process is not part of any figure. Quote the ratio: absolute times drift with the machine and its load.";
+start of a process is not part of any figure, nor is its end: one that was replaced lives on for 50 ms. The clients
+are a process of their own. Quote the ratio: absolute times drift with the machine and its load.";
 
 /// Measures what takeovers cost, beside minimal loops of the same system calls.
 #[derive(Parser)]
@@ -31,6 +41,9 @@ struct Cli {
     /// Few repetitions: shows that it works, not how fast
     #[arg(long)]
     quick: bool,
+    /// With how many connections, such as `100,5000` [default: 1,100,1000,5000,15000; in a quick run 1,100]
+    #[arg(long, value_name = "COUNT", value_delimiter = ',')]
+    connections: Vec<usize>,
     /// Also write the figures to this file, as a JSON list of {suite, case, n, value, unit, floor, ratio}
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -38,59 +51,44 @@ struct Cli {
     part: Option<Part>,
 }
 
-/// What to measure. Of the floor, `floor.rs` has every system call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Suite {
-    /// One connection: the pause (from the incumbent's freeze to the first byte that the successor reads) and the whole
-    /// (from the successor's connect at the control socket until it serves)
-    Takeover,
-    /// The pause with 1, 100, 1,000 and 5,000 connections that have not changed since the offer
-    Pause,
-    /// A descriptor's share of the time from the successor's connect until all are registered with its poller, at 1,
-    /// 100, 1,000 and 5,000 connections
-    Transfer,
-}
-
 /// The processes of a measurement.
 #[derive(Clone, Debug, Subcommand)]
 enum Part {
     #[command(hide = true)]
-    Library { control: PathBuf },
+    Server { way: Way, control: PathBuf, state_bytes: usize, first: Option<usize> },
     #[command(hide = true)]
-    LibraryFirst { control: PathBuf, connections: usize },
-    #[command(hide = true)]
-    Floor { control: PathBuf },
-    #[command(hide = true)]
-    FloorFirst { control: PathBuf, connections: usize },
+    Clients { count: usize, servers: Vec<SocketAddr> },
 }
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     heirloom::descriptors::raise_limit()?;
+    if cli.part.is_some() {
+        // The processes of a measurement that is broken off end with it.
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+    }
     match cli.part {
-        Some(Part::Library { control }) => library::successor(&control),
-        Some(Part::LibraryFirst { control, connections }) => library::first(&control, connections),
-        Some(Part::Floor { control }) => floor::successor(&control),
-        Some(Part::FloorFirst { control, connections }) => floor::first(&control, connections),
+        Some(Part::Server { way, control, state_bytes, first }) => way.serve(&control, state_bytes, first),
+        Some(Part::Clients { count, servers }) => clients::run(count, &servers),
         None => measure(&cli),
     }
 }
 
 fn measure(cli: &Cli) -> anyhow::Result<()> {
     let suites = if cli.suites.is_empty() { Suite::value_variants() } else { &cli.suites };
-    let mut figures = Vec::new();
-    for suite in suites {
-        figures.extend(match suite {
-            Suite::Takeover => takeover::takeover(cli.quick)?,
-            Suite::Pause => takeover::pause(cli.quick)?,
-            Suite::Transfer => takeover::transfer(cli.quick)?,
-        });
-    }
     let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "{}", figure::table(&figures))?;
+    writeln!(stdout, "{}", figure::head())?;
+    let mut figures = Vec::new();
+    suite::measure(suites, &cli.connections, cli.quick, |measured| {
+        for one in measured {
+            writeln!(stdout, "{one}")?;
+            figures.extend(one.figures());
+        }
+        Ok(())
+    })?;
     if let Some(path) = &cli.json {
-        let json = serde_json::to_vec_pretty(&figures)?;
-        std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::write(path, serde_json::to_vec_pretty(&figures)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
 }

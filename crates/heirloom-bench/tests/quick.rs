@@ -11,20 +11,27 @@ fn a_quick_run_gives_every_figure_beside_its_floor() {
         .output()
         .expect("run");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(String::from_utf8_lossy(&output.stdout).contains("pause, median"));
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(table.contains("floor p50") && table.contains("100 connections, idle"), "{table}");
     let figures: Vec<serde_json::Value> =
         serde_json::from_slice(&std::fs::read(file.path()).expect("read")).expect("JSON");
-    for (suite, count, n, unit) in
-        [("takeover", 4, 20, "µs"), ("pause", 4, 5, "µs"), ("transfer", 4, 5, "ns")]
-    {
-        let of_suite = figures.iter().filter(|figure| figure["suite"] == suite);
-        assert_eq!(of_suite.clone().count(), count, "{suite}");
-        for figure in of_suite {
-            assert!(figure["case"].is_string(), "{figure}");
-            assert_eq!((&figure["n"], &figure["unit"]), (&n.into(), &unit.into()), "{figure}");
+    let has = |suite: &str, case: &str, n: u64, unit: &str| {
+        let found = figures.iter().find(|figure| figure["suite"] == suite && figure["case"] == case);
+        let figure = found.unwrap_or_else(|| panic!("{suite} has no {case}: {table}"));
+        assert_eq!((&figure["n"], &figure["unit"]), (&n.into(), &unit.into()), "{figure}");
+    };
+    for percentile in ["p50", "p90", "p99", "max"] {
+        for case in ["1 connection, idle", "1 connection, 100 B each", "100 connections, idle"] {
+            has("transfer", &format!("{case}, {percentile}"), 5, "ns");
+            has("pause", &format!("{case}, {percentile}"), 5, "µs");
+            has("pause", &format!("{case}: until taken, {percentile}"), 5, "µs");
         }
+        for way in ["one a message", "one a connection"] {
+            has("transfer", &format!("100 connections, {way}, {percentile}"), 3, "ns");
+        }
+        has("pause", &format!("100 connections, gap, {percentile}"), 198, "µs");
+        has("pause", &format!("100 connections, gap without a takeover, {percentile}"), 198, "µs");
     }
-    assert_eq!(figures.len(), 12);
     for figure in figures {
         let number = |key: &str| figure[key].as_f64().unwrap_or(0.0);
         assert!(number("value") > 0.0 && number("floor") > 0.0, "{figure}");

@@ -7,8 +7,10 @@ mod inherited;
 mod mask;
 mod option;
 mod peer;
+mod tcp;
 
 pub use exec::execve;
 pub use inherited::adopt;
 pub use mask::SignalMask;
 pub use peer::{Credentials, peer_credentials, peer_pidfd};
+pub use tcp::never_sent;

@@ -100,15 +100,12 @@ impl Echo {
 
     fn take_over(successor: Successor) -> Result<(Echo, Incumbent<NoRequests>), Box<dyn Error>> {
         let poll = Poll::new()?;
-        let offered = successor.receive()?;
         // The costly part, while the other process serves. This poller must not be polled before the takeover.
         let mut registered = ItemId::CONTROL;
-        for entry in offered.bundle().entries().filter(|entry| entry.id != ItemId::CONTROL) {
-            if let Some(descriptor) = offered.bundle().descriptor(entry.id) {
-                register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
-                registered = entry.id;
-            }
-        }
+        let offered = successor.receive_each(|entry, descriptor| {
+            registered = registered.max(entry.id);
+            register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)
+        })?;
 
         Echo::go_on(poll, registered, offered.ready()?.accept()?)
     }
@@ -180,7 +177,10 @@ impl Echo {
 
     /// Lets the incumbent do what it has to do.
     fn turns(&mut self, incumbent: &mut Incumbent<NoRequests>) -> Result<Next, Box<dyn Error>> {
-        incumbent.set_items(self.entries().map(|entry| (entry.id, entry.name, entry.kind)));
+        // Not in a takeover: it would be work for each connection in the freeze.
+        if !incumbent.takeover_running() {
+            incumbent.set_items(self.entries().map(|entry| (entry.id, entry.name, entry.kind)));
+        }
         loop {
             match incumbent.turn(Instant::now())? {
                 Turn::Idle => break,

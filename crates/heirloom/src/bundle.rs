@@ -208,16 +208,21 @@ impl Bundle {
     /// # Errors
     /// [`BundleError::NoDescriptor`], [`BundleError::NotListed`], [`BundleError::WrongKind`] or
     /// [`BundleError::Unreadable`]. All descriptors are closed then, which the incumbent's do not notice.
-    pub fn from_parts(base: Base, descriptors: BTreeMap<ItemId, OwnedFd>) -> Result<Bundle, BundleError> {
-        let items = matched(base.items, descriptors)?;
+    pub fn from_parts(mut base: Base, descriptors: BTreeMap<ItemId, OwnedFd>) -> Result<Bundle, BundleError> {
+        let items = matched(std::mem::take(&mut base.items), descriptors)?;
+        Ok(Bundle::of_items(base, items))
+    }
+
+    /// What a base says, with these items, which were checked, in place of its own.
+    pub(crate) fn of_items(base: Base, items: BTreeMap<ItemId, Item>) -> Bundle {
         let past_all = items.last_key_value().map_or(0, |(id, _)| id.0.saturating_add(1));
-        Ok(Bundle {
+        Bundle {
             service: base.service,
             state: base.state,
             items,
             next_id: base.next_id.max(past_all),
             by_name: None,
-        })
+        }
     }
 
     /// Brings a bundle that was made from a base to the moment of the delta.
@@ -395,6 +400,11 @@ impl Bundle {
         self.items.values().map(|item| &item.entry)
     }
 
+    /// All items with their descriptors, in ascending order of their ids: to register them with a poller.
+    pub fn items(&self) -> impl ExactSizeIterator<Item = (&Entry, BorrowedFd<'_>)> {
+        self.items.values().map(|item| (&item.entry, item.descriptor.as_fd()))
+    }
+
     /// How many items there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -530,28 +540,36 @@ impl<T> Taken<T> {
 
 /// Gives each entry its descriptor, and checks that it is what the entry says.
 fn matched(
-    entries: Vec<Entry>,
-    mut descriptors: BTreeMap<ItemId, OwnedFd>,
+    mut entries: Vec<Entry>,
+    descriptors: BTreeMap<ItemId, OwnedFd>,
 ) -> Result<BTreeMap<ItemId, Item>, BundleError> {
+    // They are sorted, unless they were made up here: one walk through both then finds what belongs together.
+    entries.sort_by_key(|entry| entry.id);
+    let mut descriptors = descriptors.into_iter().peekable();
     let items = entries
         .into_iter()
         .map(|mut entry| {
-            let descriptor = descriptors
-                .remove(&entry.id)
-                .ok_or_else(|| BundleError::NoDescriptor { item: entry.to_string() })?;
+            let (_, descriptor) = match descriptors.peek() {
+                Some(&(id, _)) if id < entry.id => return Err(BundleError::NotListed { id }),
+                _ => descriptors.next_if(|(id, _)| *id == entry.id),
+            }
+            .ok_or_else(|| BundleError::NoDescriptor { item: entry.to_string() })?;
             entry.kind = checked_kind(&entry, &descriptor)?;
             Ok((entry.id, Item { entry, descriptor }))
         })
         .collect::<Result<_, BundleError>>()?;
-    match descriptors.first_key_value() {
+    match descriptors.next() {
         None => Ok(items),
-        Some((&id, _)) => Err(BundleError::NotListed { id }),
+        Some((id, _)) => Err(BundleError::NotListed { id }),
     }
 }
 
-fn checked_kind(entry: &Entry, descriptor: &OwnedFd) -> Result<Kind, BundleError> {
-    let real =
-        Kind::of(descriptor).map_err(|source| BundleError::Unreadable { item: entry.to_string(), source })?;
+/// What a descriptor is, if that is what the entry says.
+pub(crate) fn checked_kind(entry: &Entry, descriptor: &OwnedFd) -> Result<Kind, BundleError> {
+    let real = entry
+        .kind
+        .expected(descriptor)
+        .map_err(|source| BundleError::Unreadable { item: entry.to_string(), source })?;
     if entry.kind == real || entry.kind == Kind::Other {
         return Ok(real);
     }

@@ -110,6 +110,16 @@ impl Kind {
         }
     }
 
+    /// The kind of a descriptor that should be a `self`: as [`Kind::of`], but where that is so, with a single system call
+    /// for the kind of which there are many.
+    pub(crate) fn expected(self, fd: impl AsFd) -> io::Result<Kind> {
+        // Only TCP knows of bytes that were never sent, and only where it does not listen.
+        if self == Kind::TcpStream && heirloom_sys::never_sent(&fd).is_ok() {
+            return Ok(self);
+        }
+        Kind::of(fd)
+    }
+
     /// The name, as in messages and JSON.
     #[must_use]
     pub fn as_str(self) -> &'static str {

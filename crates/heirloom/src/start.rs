@@ -14,7 +14,7 @@ use crate::control::path::{PathError, bind, prepare_directory};
 use crate::control::request::{Failure, Hello, NoRequests, Reply, Request, VersionRange, Welcome};
 use crate::crash::{self, Point};
 use crate::descriptors;
-use crate::incumbent::Incumbent;
+use crate::incumbent::{Incumbent, Standby};
 use crate::lock::{LockError, LockFile, ServiceLock, lock_path};
 use crate::manifest::ServiceRecord;
 use crate::peer::{Peer, Refused};
@@ -232,7 +232,8 @@ pub(crate) fn serve_fresh<A: DeserializeOwned>(
 ) -> Result<Incumbent<A>, StartError> {
     let listener = bind(path, &lock)?;
     let record = ServiceRecord { started_unix_ms: clock::unix_ms(), ..record };
-    Ok(Incumbent::serve(listener, path, lock, service.clone(), config.clone(), record, None)?)
+    let standby = Standby::new(&listener, path, service.clone(), config.clone())?;
+    Ok(standby.serve(listener, lock, record, None)?)
 }
 
 /// Says Hello. `None`: the other ended without an answer.

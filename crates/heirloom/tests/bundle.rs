@@ -229,6 +229,19 @@ fn a_descriptor_of_another_kind_is_told_with_name_and_both_kinds() {
 }
 
 #[test]
+fn nothing_else_passes_for_a_tcp_stream() {
+    let (fds, _company, _directory) = every_kind();
+    for (kind, fd) in fds {
+        let base = base_of(vec![listed(7, "connection", Kind::TcpStream)]);
+        match Bundle::from_parts(base, BTreeMap::from([(ItemId(7), fd)])) {
+            Ok(_) => assert_eq!(kind, Kind::TcpStream),
+            Err(BundleError::WrongKind { real, .. }) => assert_eq!(real, kind),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
 fn a_kind_that_the_other_program_did_not_know_is_found_out() {
     let (unix, _peer) = UnixStream::pair().unwrap();
     let base = base_of(vec![listed(7, "new thing", Kind::Other)]);

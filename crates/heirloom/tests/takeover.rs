@@ -166,6 +166,44 @@ fn another_service_is_refused() {
 }
 
 #[test]
+fn each_descriptor_is_lent_once_as_it_arrives_and_may_be_refused() {
+    const ITEMS: u64 = 600;
+    let scratch = Scratch::new();
+    let mut bundle = Bundle::new();
+    let mut others = Vec::new();
+    for number in 0..ITEMS {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        bundle.add(format!("pair {number}"), ours, &number).unwrap();
+        others.push(theirs);
+    }
+    let incumbent = fresh(&scratch.control(), &service());
+    let server = thread::spawn(|| serve(incumbent, bundle));
+
+    let mut lent = 0;
+    let refused = successor(&scratch.control(), &service()).receive_each(|entry, _| {
+        lent += 1;
+        if entry.name == "pair 300" { Err(io::Error::other("no room for it")) } else { Ok(()) }
+    });
+    let error = refused.unwrap_err().to_string();
+    assert!(error.contains("pair 300") && error.contains("no room for it"), "{error}");
+    assert_eq!(lent, 301);
+
+    // The incumbent serves on, and the next one gets everything.
+    let mut lent = Vec::new();
+    let next = successor(&scratch.control(), &service()).receive_each(|entry, descriptor| {
+        assert_eq!(Kind::of(descriptor)?, Kind::UnixStream);
+        lent.push(entry.clone());
+        Ok(())
+    });
+    let offered = next.unwrap();
+    let entries = offered.bundle().entries().filter(|entry| entry.id != ItemId::CONTROL);
+    assert_eq!(entries.cloned().collect::<Vec<_>>(), lent);
+    assert_eq!(lent.len() as u64, ITEMS);
+    offered.ready().unwrap().accept::<NoRequests>().unwrap();
+    server.join().unwrap();
+}
+
+#[test]
 fn an_item_of_another_kind_than_its_entry_says_is_named_and_the_incumbent_serves_on() {
     let scratch = Scratch::new();
     let mut incumbent = fresh(&scratch.control(), &service());

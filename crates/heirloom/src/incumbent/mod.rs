@@ -54,6 +54,12 @@ const ROUNDS: usize = 16;
 /// How long the control socket rests when a connection could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How late a wait for a deadline may end.
+const LATE: Duration = Duration::from_micros(50);
+
+/// How long a process that was replaced rests before it tidies up.
+const REST: Duration = Duration::from_millis(5);
+
 const LISTENER: u64 = 0;
 const CHANNEL: u64 = 1;
 const SUCCESSOR: u64 = 2;
@@ -182,13 +188,7 @@ impl<A> Incumbent<A> {
     }
 
     fn process(&mut self, now: Instant) -> io::Result<()> {
-        let mut events = Vec::with_capacity(64);
-        for id in std::mem::take(&mut self.replied) {
-            self.answer(now, id);
-        }
-        if self.listen_again.take_if(|at| *at <= now).is_some() {
-            self.set_listening(true);
-        }
+        self.catch_up(now);
         for round in 0.. {
             self.run_takeover(now);
             if self.is_over() {
@@ -198,27 +198,59 @@ impl<A> Incumbent<A> {
                 self.again = true;
                 break;
             }
-            events.clear();
-            let no_wait = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&no_wait)) {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
+            if !self.handle_events(Some(now))? {
+                break;
             }
-            for event in &events {
-                match event.data.u64() {
-                    LISTENER => self.accept(now),
-                    CHANNEL => self.channel_ready(now),
-                    SUCCESSOR => self.successor_exited(now),
-                    CHECK | STARTED => self.run_upgrade(now),
-                    id => self.connection_ready(now, ConnectionId(id), event.flags),
-                }
-                if self.is_over() {
-                    return Ok(());
-                }
+            if self.is_over() {
+                return Ok(());
             }
         }
+        self.handle_timeouts(now);
+        Ok(())
+    }
+
+    /// What could not be done when it was asked for.
+    fn catch_up(&mut self, now: Instant) {
+        for id in std::mem::take(&mut self.replied) {
+            self.answer(now, id);
+        }
+        if self.listen_again.take_if(|at| *at <= now).is_some() {
+            self.set_listening(true);
+        }
+    }
+
+    /// Handles what has happened by `now`, or waits for what happens next, or for the [timer](Incumbent::timer). Whether
+    /// there was anything.
+    fn handle_events(&mut self, now: Option<Instant>) -> io::Result<bool> {
+        let timeout = match now {
+            Some(_) => Some(Duration::ZERO),
+            // The kernel may count in coarser steps: rather a little late than in vain.
+            None => self.timer().map(|at| at.saturating_duration_since(Instant::now()) + LATE),
+        };
+        let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
+        let mut events = Vec::with_capacity(64);
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(true),
+            Err(error) => return Err(error.into()),
+        }
+        let now = now.unwrap_or_else(Instant::now);
+        for event in &events {
+            match event.data.u64() {
+                LISTENER => self.accept(now),
+                CHANNEL => self.channel_ready(now),
+                SUCCESSOR => self.successor_exited(now),
+                CHECK | STARTED => self.run_upgrade(now),
+                id => self.connection_ready(now, ConnectionId(id), event.flags),
+            }
+            if self.is_over() {
+                break;
+            }
+        }
+        Ok(!events.is_empty())
+    }
+
+    fn handle_timeouts(&mut self, now: Instant) {
         if let Some(takeover) = &mut self.takeover {
             takeover.machine.handle_timeout(now);
             self.run_takeover(now);
@@ -226,7 +258,6 @@ impl<A> Incumbent<A> {
         if self.upgrade_deadline().is_some_and(|at| at <= now) {
             self.run_upgrade(now);
         }
-        Ok(())
     }
 
     /// Inspectors wait while somebody else was offered a manifest: what has changed since is reckoned from the last one that
@@ -335,7 +366,13 @@ impl<A> Incumbent<A> {
                     self.reply(id, Reply::Bye.to_line());
                     self.notices.push_back(Notice::Quit(id));
                 }
-                Ok(Request::Takeover(hello)) => self.hello(now, id, hello),
+                Ok(Request::Takeover(hello)) => {
+                    self.hello(now, id, hello);
+                    // A Pong to the Ping that follows would say that an incumbent of protocol 0 is there.
+                    if self.is_over() {
+                        return;
+                    }
+                }
                 Ok(Request::Upgrade(request)) => self.upgrade_asked(id, &request),
                 Ok(Request::Inspect) => {
                     if let Some(connection) = self.connections.get_mut(&id) {
@@ -391,7 +428,8 @@ impl<A> Incumbent<A> {
 
     fn channel_ready(&mut self, now: Instant) {
         let Some(takeover) = &mut self.takeover else { return };
-        takeover.receive_all(now);
+        // One a wake-up: the epoll tells of the next.
+        takeover.receive(now);
         if takeover.channel_closed {
             let _ = epoll::delete(&self.epoll, &takeover.channel);
         }
@@ -400,6 +438,10 @@ impl<A> Incumbent<A> {
 
     fn successor_exited(&mut self, now: Instant) {
         let Some(takeover) = &mut self.takeover else { return };
+        // The event may be of the one before, when a takeover has ended and another begun since the wait.
+        if matches!(takeover.successor.exited(), Ok(Some(false))) {
+            return;
+        }
         if let Some(pidfd) = takeover.successor.pidfd() {
             let _ = epoll::delete(&self.epoll, pidfd);
         }
@@ -457,7 +499,11 @@ impl<A> Incumbent<A> {
             at_unix_ms: clock::unix_ms(),
         });
         match &outcome {
-            IncumbentOutcome::Taken => self.upgrade_taken(),
+            IncumbentOutcome::Taken => {
+                self.upgrade_taken();
+                // The two may share a processor: what is closed and freed from now on must not delay the successor.
+                std::thread::sleep(REST);
+            }
             IncumbentOutcome::Resumed(reason) | IncumbentOutcome::Superseded(reason) => {
                 self.fail_upgrade(&reason.to_string());
             }
@@ -559,27 +605,47 @@ impl<A> Incumbent<A> {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
 
-    pub(crate) fn serve(
-        listener: UnixListener,
+/// What an incumbent needs beside the lock and the listener, had ready before either is its own: of what is shared it
+/// changes nothing.
+#[derive(Debug)]
+pub(crate) struct Standby {
+    epoll: OwnedFd,
+    launch: Launch,
+    path: PathBuf,
+    service: Service,
+    config: Config,
+}
+
+impl Standby {
+    /// Gets it ready for this listener, which is only watched.
+    pub(crate) fn new(
+        listener: impl AsFd,
         path: &Path,
-        lock: ServiceLock,
         service: Service,
         config: Config,
+    ) -> io::Result<Standby> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
+        Ok(Standby { epoll, launch: Launch::current(), path: path.into(), service, config })
+    }
+
+    /// Serves, with the listener that it was made for.
+    pub(crate) fn serve<A: DeserializeOwned>(
+        self,
+        listener: UnixListener,
+        lock: ServiceLock,
         record: ServiceRecord,
         last_takeover: Option<LastTakeover>,
-    ) -> io::Result<Self>
-    where
-        A: DeserializeOwned,
-    {
+    ) -> io::Result<Incumbent<A>> {
+        let Standby { epoll, launch, path, service, config } = self;
         // Whoever had it before may have left it blocking; from here on it is ours to change.
         listener.set_nonblocking(true)?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
         Ok(Incumbent {
             epoll,
             listener,
-            path: path.into(),
+            path,
             lock: Holding::Held(lock),
             record: ServiceRecord {
                 name: service.name.clone(),
@@ -595,7 +661,7 @@ impl<A> Incumbent<A> {
             connections: BTreeMap::new(),
             next_connection: FIRST_CONNECTION,
             takeover: None,
-            launch: Launch::current(),
+            launch,
             upgrade: None,
             inspectors: Vec::new(),
             last_takeover,
@@ -606,17 +672,6 @@ impl<A> Incumbent<A> {
             parse: Request::<A>::parse,
             again: false,
         })
-    }
-
-    fn wait(&self, deadline: Option<Instant>) -> io::Result<()> {
-        let timeout =
-            deadline.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_micros(50));
-        let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
-        let mut fds = [rustix::event::PollFd::new(&self.epoll, rustix::event::PollFlags::IN)];
-        match rustix::event::poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
     }
 }
 

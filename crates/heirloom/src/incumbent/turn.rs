@@ -454,10 +454,9 @@ impl<A> Incumbent<A> {
         }
         loop {
             let now = Instant::now();
-            if let Err(error) = self.process(now) {
-                self.withdraw(now, &format!("the incumbent's own event loop fails: {error}"));
-                return Err(error);
-            }
+            self.catch_up(now);
+            self.run_takeover(now);
+            self.handle_timeouts(now);
             if let Some(outcome) = self.ended.take() {
                 return Ok(outcome);
             }
@@ -465,10 +464,11 @@ impl<A> Incumbent<A> {
                 return Err(io::Error::other("the takeover has ended before"));
             }
             let want = self.takeover.as_mut().and_then(|takeover| takeover.want.take());
-            match want {
-                Some(Want::Batch(ids)) => self.send_batch(now, ids, descriptor),
-                _ if self.again => {}
-                _ => self.wait(self.timer())?,
+            if let Some(Want::Batch(ids)) = want {
+                self.send_batch(now, ids, descriptor);
+            } else if let Err(error) = self.handle_events(None) {
+                self.withdraw(now, &format!("the incumbent's own event loop fails: {error}"));
+                return Err(error);
             }
         }
     }

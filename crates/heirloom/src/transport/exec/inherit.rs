@@ -15,7 +15,7 @@ use crate::clock;
 use crate::config::Config;
 use crate::control::status::LastTakeover;
 use crate::crash::{self, Point};
-use crate::incumbent::Incumbent;
+use crate::incumbent::Standby;
 use crate::item::ItemId;
 use crate::lock::{LockError, LockFile, lock_path};
 use crate::manifest::{Base, ManifestError, read_sealed};
@@ -116,8 +116,8 @@ fn take<A: DeserializeOwned>(
         at_unix_ms: clock::unix_ms(),
     };
     let service_record = bundle.service().succeeded();
-    let incumbent =
-        Incumbent::serve(listener, path, lock, service.clone(), config.clone(), service_record, Some(last))?;
+    let standby = Standby::new(&listener, path, service.clone(), config.clone())?;
+    let incumbent = standby.serve(listener, lock, service_record, Some(last))?;
     let (ours, _) = UnixStream::pair()?;
     crash::reach(Point::ServingInPlace);
     Ok(Taken { bundle, incumbent, from: Peer::of(&ours)?, pause })

@@ -4,6 +4,7 @@
 //! The incumbent's end of a takeover is driven by [`Incumbent`](crate::Incumbent), turn by turn; [`Successor`] is the other
 //! end. Between them stand the state machines of [`crate::protocol`]; this module carries out what they ask.
 
+mod arriving;
 mod successor;
 pub(crate) mod takeover;
 

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::de::DeserializeOwned;
 
+use super::arriving::Arriving;
 use crate::bundle::{Bundle, BundleError};
 use crate::channel::{Channel, Incoming, SendError};
 use crate::clock;
@@ -24,7 +25,7 @@ use crate::control::path::relisten;
 use crate::control::request::Welcome;
 use crate::control::status::LastTakeover;
 use crate::crash::{self, Point};
-use crate::incumbent::Incumbent;
+use crate::incumbent::{Incumbent, Standby};
 use crate::item::{Entry, ItemId};
 use crate::lock::{Holding, LockFile};
 use crate::manifest::{Base, Delta, Header, read_sealed};
@@ -94,16 +95,20 @@ struct Takeover {
     path: PathBuf,
     service: Service,
     config: Config,
-    /// Until every early descriptor is there; then it is in the bundle.
-    base: Option<Base>,
+    /// Until every early descriptor is there; then they are in the bundle.
+    arriving: Option<Arriving>,
     base_crc: u32,
     delta: Option<Delta>,
     frozen_at_ns: u64,
-    /// Descriptors that are not in the bundle yet.
-    arrived: BTreeMap<ItemId, OwnedFd>,
+    /// Descriptors of the base that were not checked yet.
+    unchecked: Vec<(ItemId, OwnedFd)>,
+    /// Descriptors of items that the delta will list.
+    late: BTreeMap<ItemId, OwnedFd>,
     /// Items of the base that had ended before they were sent; the delta has to say so.
     missing: Vec<Entry>,
     bundle: Bundle,
+    /// From `Ready` on.
+    standby: Option<Standby>,
     bytes: u64,
     items: u64,
     started: Instant,
@@ -111,6 +116,8 @@ struct Takeover {
 
 /// Where the conversation waits for the application.
 enum Stop {
+    /// Items of the base have just arrived.
+    Arrived,
     Prepare,
     Decide,
     End(SuccessorOutcome),
@@ -139,13 +146,15 @@ impl Successor {
                 path: path.into(),
                 service,
                 config,
-                base: None,
+                arriving: None,
                 base_crc: 0,
                 delta: None,
                 frozen_at_ns: 0,
-                arrived: BTreeMap::new(),
+                unchecked: Vec::new(),
+                late: BTreeMap::new(),
                 missing: Vec::new(),
                 bundle: Bundle::new(),
+                standby: None,
                 bytes: 0,
                 items: 0,
                 started: now,
@@ -168,10 +177,40 @@ impl Successor {
     /// # Errors
     ///
     /// The incumbent withdrew, died, or sent what cannot be used.
-    pub fn receive(mut self) -> Result<Offered, TakeoverError> {
-        match self.takeover.run() {
-            Stop::Prepare => Ok(Offered { takeover: self.takeover }),
-            stop => Err(self.takeover.ended(stop)),
+    pub fn receive(self) -> Result<Offered, TakeoverError> {
+        self.receive_each(|_, _| Ok(()))
+    }
+
+    /// As [`Successor::receive`], and lends each descriptor once it has come and was checked, the control listener's
+    /// apart. To register them with a poller here takes less time than afterwards, for the incumbent sends meanwhile.
+    ///
+    /// What was lent may still end before the freeze, and is then not in the [`Complete::bundle`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Successor::receive`]. An error of `each` withdraws.
+    ///
+    /// ```
+    /// use heirloom::{Offered, Successor, TakeoverError};
+    /// use mio::{Interest, Registry, Token};
+    ///
+    /// fn receive(successor: Successor, registry: &Registry) -> Result<Offered, TakeoverError> {
+    ///     successor.receive_each(|entry, descriptor| {
+    ///         let token = Token(entry.id.0 as usize);
+    ///         heirloom::runtime::mio::register(registry, descriptor, token, Interest::READABLE)
+    ///     })
+    /// }
+    /// ```
+    pub fn receive_each(
+        mut self,
+        mut each: impl FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>,
+    ) -> Result<Offered, TakeoverError> {
+        loop {
+            match self.takeover.run() {
+                Stop::Arrived => self.takeover.show_arrived(&mut each),
+                Stop::Prepare => return Ok(Offered { takeover: self.takeover }),
+                stop => return Err(self.takeover.ended(stop)),
+            }
         }
     }
 }
@@ -209,7 +248,10 @@ impl Offered {
     ///
     /// The incumbent withdrew, died, or sent what cannot be used.
     pub fn ready(mut self) -> Result<Complete, TakeoverError> {
-        self.takeover.machine.ready(Instant::now());
+        match self.takeover.stand_by() {
+            Ok(()) => self.takeover.machine.ready(Instant::now()),
+            Err(error) => self.takeover.machine.abort(format_args!("the successor could not serve: {error}")),
+        }
         match self.takeover.run() {
             Stop::Decide => Ok(Complete { takeover: self.takeover }),
             stop => Err(self.takeover.ended(stop)),
@@ -288,6 +330,10 @@ impl Takeover {
     /// Drives the conversation until it waits for the application or has ended.
     fn run(&mut self) -> Stop {
         loop {
+            // First of all: the machine counts as arrived what the application has not seen yet.
+            if !self.unchecked.is_empty() {
+                return Stop::Arrived;
+            }
             let now = Instant::now();
             while let Some(action) = self.machine.poll() {
                 match action {
@@ -343,42 +389,50 @@ impl Takeover {
             Err(error) => return Err(error.into()),
         }
         let exited = watched.is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty());
-        // In this order: what an exited process has sent is all in the channel by now.
-        self.receive_all();
+        let arrived = !self.channel_closed && fds.first().is_some_and(|fd| !fd.revents().is_empty());
         if exited {
+            // In this order: what an exited process has sent is all in the channel by now.
+            self.receive_all();
             self.incumbent_exited = true;
             self.machine.handle_exited(Instant::now());
+        } else if arrived {
+            // One a wake-up: the poll tells of the next.
+            self.receive();
         }
         Ok(())
     }
 
     fn receive_all(&mut self) {
-        while !self.channel_closed {
-            let now = Instant::now();
-            match self.channel.receive() {
-                Ok(Incoming::Empty) => return,
-                Ok(Incoming::Packet { bytes, descriptors }) => {
-                    let result = ToSuccessor::from_packet(&bytes, descriptors.len())
-                        .map_err(|error| error.to_string())
-                        .and_then(|message| self.keep(&message, descriptors).map(|()| message));
-                    result.iter().for_each(read);
-                    match result {
-                        Ok(message) => self.machine.handle(now, message),
-                        Err(what) => self.machine.handle_nonsense(what),
-                    }
-                    // Credits and the like go out at once; what is for the application stays.
-                    if matches!(self.machine.outcome(), Some(SuccessorOutcome::Failed(_))) {
-                        return;
-                    }
+        while self.receive() {}
+    }
+
+    /// Feeds the next packet to the machine, if there is one; whether there may be more.
+    fn receive(&mut self) -> bool {
+        if self.channel_closed {
+            return false;
+        }
+        let now = Instant::now();
+        match self.channel.receive() {
+            Ok(Incoming::Empty) => false,
+            Ok(Incoming::Packet { bytes, descriptors }) => {
+                let result = ToSuccessor::from_packet(&bytes, descriptors.len())
+                    .map_err(|error| error.to_string())
+                    .and_then(|message| self.keep(&message, descriptors).map(|()| message));
+                result.iter().for_each(read);
+                match result {
+                    Ok(message) => self.machine.handle(now, message),
+                    Err(what) => self.machine.handle_nonsense(what),
                 }
-                Ok(Incoming::Closed) => {
-                    self.channel_closed = true;
-                    self.machine.handle_closed(now);
-                }
-                Err(error) => {
-                    self.machine.abort(format_args!("cannot receive: {error}"));
-                    return;
-                }
+                !matches!(self.machine.outcome(), Some(SuccessorOutcome::Failed(_)))
+            }
+            Ok(Incoming::Closed) => {
+                self.channel_closed = true;
+                self.machine.handle_closed(now);
+                false
+            }
+            Err(error) => {
+                self.machine.abort(format_args!("cannot receive: {error}"));
+                false
             }
         }
     }
@@ -390,18 +444,16 @@ impl Takeover {
                 let bytes = self.read(descriptors.pop(), "the base manifest")?;
                 let base = Base::decode(&bytes, &self.config.limits).map_err(|e| e.to_string())?;
                 base.check_sections(&[]).map_err(|e| e.to_string())?;
-                self.base = Some(base);
+                self.arriving = Some(Arriving::new(base));
                 self.base_crc = Header::read(&bytes).map_err(|e| e.to_string())?.crc;
             }
             ToSuccessor::Batch { ids } => {
                 self.items += ids.len() as u64;
-                for (&id, descriptor) in ids.iter().zip(descriptors) {
-                    if self.arrived.insert(id, descriptor).is_some() {
-                        return Err(format!("item {id} was sent twice"));
-                    }
-                }
-                if self.arrived.len() > self.config.limits.items {
-                    return Err(format!("more than {} items", self.config.limits.items));
+                let mut arrived = ids.iter().copied().zip(descriptors);
+                if self.arriving.is_some() {
+                    self.unchecked.extend(arrived);
+                } else {
+                    arrived.try_for_each(|(id, descriptor)| self.keep_late(id, descriptor))?;
                 }
             }
             ToSuccessor::Freeze => {
@@ -414,6 +466,26 @@ impl Takeover {
         Ok(())
     }
 
+    fn keep_late(&mut self, id: ItemId, descriptor: OwnedFd) -> Result<(), String> {
+        if self.late.insert(id, descriptor).is_some() {
+            return Err(format!("item {id} was sent twice"));
+        }
+        if self.late.len() > self.config.limits.items {
+            return Err(format!("more than {} items", self.config.limits.items));
+        }
+        Ok(())
+    }
+
+    /// Checks the descriptors of the base that have just arrived, and lends them.
+    fn show_arrived(&mut self, each: &mut dyn FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>) {
+        let Some(arriving) = &mut self.arriving else { return };
+        for (id, descriptor) in self.unchecked.drain(..) {
+            if let Err(what) = arriving.take_in(id, descriptor, each) {
+                return self.machine.abort(what);
+            }
+        }
+    }
+
     fn read(&mut self, memfd: Option<OwnedFd>, what: &str) -> Result<Vec<u8>, String> {
         let memfd = memfd.ok_or_else(|| format!("{what} did not come"))?;
         let bytes = read_sealed(&memfd, self.config.limits.manifest_bytes)
@@ -422,14 +494,18 @@ impl Takeover {
         Ok(bytes)
     }
 
-    /// Puts base manifest and descriptors together and checks them, ahead of the freeze.
-    fn check_offer(&mut self) -> Result<(), BundleError> {
-        let mut base = self.base.take().unwrap_or_default();
-        let arrived = std::mem::take(&mut self.arrived);
-        let (items, missing) = base.items.into_iter().partition(|entry| arrived.contains_key(&entry.id));
-        base.items = items;
-        self.missing = missing;
-        self.bundle = Bundle::from_parts(base, arrived)?;
+    /// Puts base manifest and descriptors together, which were checked as they came.
+    fn check_offer(&mut self) -> Result<(), String> {
+        let arriving = self.arriving.take().ok_or("the base manifest did not come")?;
+        (self.bundle, self.missing) = arriving.finish();
+        Ok(())
+    }
+
+    /// Gets ready to serve, ahead of the freeze. The listener is the incumbent's until the commit: it is only watched.
+    fn stand_by(&mut self) -> io::Result<()> {
+        let listener = self.bundle.descriptor(ItemId::CONTROL);
+        let listener = listener.ok_or_else(|| io::Error::other("the control listener did not come"))?;
+        self.standby = Some(Standby::new(listener, &self.path, self.service.clone(), self.config.clone())?);
         Ok(())
     }
 
@@ -444,7 +520,7 @@ impl Takeover {
             }
         }
         self.frozen_at_ns = delta.frozen_at_ns;
-        self.bundle.apply(delta, self.base_crc, std::mem::take(&mut self.arrived))
+        self.bundle.apply(delta, self.base_crc, std::mem::take(&mut self.late))
     }
 
     fn send(&mut self, message: &ToIncumbent) {
@@ -526,9 +602,10 @@ impl Takeover {
             total_us: self.started.elapsed().as_micros() as u64,
             at_unix_ms: clock::unix_ms(),
         };
-        let incumbent =
-            Incumbent::serve(listener, &self.path, lock, self.service, self.config, record, Some(last))
-                .map_err(TakeoverError::Serving)?;
+        let standby = self.standby.take();
+        let standby =
+            standby.ok_or_else(|| TakeoverError::Serving(io::Error::other("it was never ready")))?;
+        let incumbent = standby.serve(listener, lock, record, Some(last)).map_err(TakeoverError::Serving)?;
         crash::reach(Point::Serving);
         Ok(Taken { bundle, incumbent, from: self.incumbent, pause })
     }

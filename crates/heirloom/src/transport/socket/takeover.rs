@@ -150,28 +150,35 @@ impl Takeover {
 
     /// Feeds everything that has arrived to the machine.
     pub(crate) fn receive_all(&mut self, now: Instant) {
-        while !self.channel_closed {
-            match self.channel.receive() {
-                Ok(Incoming::Empty) => return,
-                Ok(Incoming::Packet { bytes, descriptors }) => {
-                    match ToIncumbent::from_packet(&bytes, descriptors.len()) {
-                        Ok(message) => {
-                            read(&message);
-                            self.machine.handle(now, message);
-                        }
-                        Err(error) => self.machine.handle_nonsense(error),
+        while self.receive(now) {}
+    }
+
+    /// Feeds the next packet to the machine, if there is one; whether there may be more.
+    pub(crate) fn receive(&mut self, now: Instant) -> bool {
+        if self.channel_closed {
+            return false;
+        }
+        match self.channel.receive() {
+            Ok(Incoming::Empty) => return false,
+            Ok(Incoming::Packet { bytes, descriptors }) => {
+                match ToIncumbent::from_packet(&bytes, descriptors.len()) {
+                    Ok(message) => {
+                        read(&message);
+                        self.machine.handle(now, message);
                     }
-                }
-                Ok(Incoming::Closed) => {
-                    self.channel_closed = true;
-                    self.closed(now);
-                }
-                Err(error) => {
-                    self.channel_closed = true;
-                    self.machine.handle_nonsense(error);
+                    Err(error) => self.machine.handle_nonsense(error),
                 }
             }
+            Ok(Incoming::Closed) => {
+                self.channel_closed = true;
+                self.closed(now);
+            }
+            Err(error) => {
+                self.channel_closed = true;
+                self.machine.handle_nonsense(error);
+            }
         }
+        !self.channel_closed
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {

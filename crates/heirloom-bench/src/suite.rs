@@ -1,0 +1,148 @@
+//! The suites: what is measured, with how many connections, and how often.
+
+use std::path::Path;
+
+use anyhow::bail;
+use clap::ValueEnum;
+use heirloom::descriptors;
+
+use crate::chain::{Chain, Round};
+use crate::figure::{Measured, Unit};
+use crate::way::Way;
+
+/// With how many connections everything is measured.
+const CONNECTIONS: [usize; 5] = [1, 100, 1000, 5000, 15_000];
+/// The state of an item: none, and some that does not change between offer and freeze.
+const STATES: [(usize, &str); 2] = [(0, "idle"), (100, "100 B each")];
+/// With fewer connections none are sampled.
+const FEWEST_SAMPLED: usize = 100;
+
+/// What to measure. Of the floor, `floor.rs` has every system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Suite {
+    /// A descriptor's share of the time from the successor's connect until all have been sent, received, checked and
+    /// registered with its poller; by the library, and as others do it
+    Transfer,
+    /// From the incumbent's last turn to the return of the successor's first poll; and the gap: the longest that each of
+    /// 100 sampled connections, which ask as fast as they are answered, waits for an answer during a takeover
+    Pause,
+}
+
+/// How often things are done.
+struct Repeat {
+    rounds: usize,
+    others: usize,
+    sampled: usize,
+}
+
+/// Measures these suites: at each number of connections all ways in turn, so that whatever else the machine does
+/// meets them alike. `report` gets what has been measured, bit by bit.
+pub(crate) fn measure(
+    suites: &[Suite],
+    counts: &[usize],
+    quick: bool,
+    mut report: impl FnMut(Vec<Measured>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let (usual, repeat) = if quick {
+        (&CONNECTIONS[..2], Repeat { rounds: 5, others: 3, sampled: 2 })
+    } else {
+        (&CONNECTIONS[..], Repeat { rounds: 60, others: 10, sampled: 10 })
+    };
+    let counts = if counts.is_empty() { usual } else { counts };
+    let needed = counts.iter().copied().max().unwrap_or(0) as u64 + 64;
+    if descriptors::limit() < needed {
+        bail!("a process needs {needed} descriptors, the limit is {}: raise it", descriptors::limit());
+    }
+    if counts.contains(&0) {
+        bail!("without connections there is nothing to measure");
+    }
+    for &count in counts {
+        for (state_bytes, state) in STATES {
+            let case = format!("{count} connection{}, {state}", if count == 1 { "" } else { "s" });
+            let directory = tempfile::tempdir()?;
+            let mut pair = Pair::begin(directory.path(), count, state_bytes)?;
+            let rounds = pair.rounds(repeat.rounds)?;
+            if suites.contains(&Suite::Transfer) {
+                report(vec![transfer(&case, count as u64, &rounds)])?;
+                if state_bytes == 0 {
+                    report(others(directory.path(), count, &mut pair, repeat.others)?)?;
+                }
+            }
+            if suites.contains(&Suite::Pause) {
+                report(pause(&case, &rounds))?;
+                if state_bytes == 0 && count >= FEWEST_SAMPLED {
+                    report(gaps(count, &mut pair, repeat.sampled)?)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The library, and beside it its floor.
+struct Pair {
+    library: Chain,
+    floor: Chain,
+}
+
+impl Pair {
+    fn begin(directory: &Path, count: usize, state_bytes: usize) -> anyhow::Result<Pair> {
+        Ok(Pair {
+            library: Chain::begin(Way::Library, directory, count, state_bytes)?,
+            floor: Chain::begin(Way::Floor, directory, count, state_bytes)?,
+        })
+    }
+
+    fn rounds(&mut self, rounds: usize) -> anyhow::Result<Vec<(Round, Round)>> {
+        (0..rounds).map(|_| Ok((self.library.next()?, self.floor.next()?))).collect()
+    }
+}
+
+fn both(rounds: &[(Round, Round)], of: impl Fn(&Round) -> u64) -> (Vec<u64>, Vec<u64>) {
+    rounds.iter().map(|(library, floor)| (of(library), of(floor))).unzip()
+}
+
+fn transfer(case: &str, count: u64, rounds: &[(Round, Round)]) -> Measured {
+    let values = both(rounds, |round| round.transfer / count);
+    Measured::new("transfer", case.into(), Unit::Nanoseconds, values)
+}
+
+fn pause(case: &str, rounds: &[(Round, Round)]) -> Vec<Measured> {
+    let measured = |part: &str, of: &dyn Fn(&Round) -> u64| {
+        Measured::new("pause", format!("{case}{part}"), Unit::Microseconds, both(rounds, of))
+    };
+    vec![
+        measured("", &|round| round.pause),
+        measured(": until complete", &|round| round.pause_parts[0]),
+        measured(": until taken", &|round| round.pause_parts[1]),
+        measured(": until polled", &|round| round.pause_parts[2]),
+    ]
+}
+
+/// The ways of others beside the same floor.
+fn others(directory: &Path, count: usize, pair: &mut Pair, rounds: usize) -> anyhow::Result<Vec<Measured>> {
+    let mut all = Vec::new();
+    for (way, name) in [(Way::OneAMessage, "one a message"), (Way::OneAConnection, "one a connection")] {
+        let mut chain = Chain::begin(way, directory, count, 0)?;
+        let rounds: Vec<(Round, Round)> =
+            (0..rounds).map(|_| Ok((chain.next()?, pair.floor.next()?))).collect::<anyhow::Result<_>>()?;
+        let case = format!("{count} connection{}, {name}", if count == 1 { "" } else { "s" });
+        all.push(transfer(&case, count as u64, &rounds));
+    }
+    Ok(all)
+}
+
+fn gaps(count: usize, pair: &mut Pair, rounds: usize) -> anyhow::Result<Vec<Measured>> {
+    let (mut library, mut floor, mut unreplaced) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        let (gaps, watched) = pair.library.next_sampled()?;
+        library.extend(gaps);
+        floor.extend(pair.floor.next_sampled()?.0);
+        unreplaced.extend(pair.library.sample_unreplaced(watched)?);
+    }
+    let measured = |what: &str, gaps: Vec<u64>| {
+        let case = format!("{count} connections, gap{what}");
+        Measured::new("pause", case, Unit::Microseconds, (gaps, floor.clone()))
+    };
+    Ok(vec![measured("", library), measured(" without a takeover", unreplaced)])
+}
