@@ -44,11 +44,12 @@ fn whoever_has_too_many_descriptors_in_flight_waits_and_is_told() {
     }
     let scratch = Scratch::new();
     let directory = scratch.path("public");
-    let open = |path: &Path| std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).expect("chmod");
     std::fs::create_dir(&directory).expect("mkdir");
     let program = directory.join("test");
     std::fs::copy(std::env::current_exe().expect("this program"), &program).expect("copy");
-    [directory.parent().expect("the scratch directory"), &directory, &program].map(open);
+    for path in [directory.parent().expect("the scratch directory"), &directory, &program] {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).expect("chmod");
+    }
     let user = 200_000 + std::process::id();
     let output = Command::new(&program)
         .args(["--exact", "whoever_has_too_many_descriptors_in_flight_waits_and_is_told", "--nocapture"])
@@ -120,7 +121,7 @@ fn who_asks_is_told() {
     let incumbent = serving(&scratch, Config::default());
     let server = thread::spawn(|| serve(incumbent, bundle()));
     let hog = Hog::new();
-    let mut client = Client::connect(&scratch.control()).expect("it listens");
+    let mut client = Client::connect(scratch.control()).expect("it listens");
     assert_eq!(client.request(&Request::<NoRequests>::Ping).expect("an answer"), Reply::Pong);
     match client.request(&Request::<NoRequests>::Inspect).expect("an answer") {
         Reply::Error(failure) => assert!(failure.message.contains("in flight"), "{failure}"),

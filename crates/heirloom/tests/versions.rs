@@ -3,7 +3,7 @@
 mod support;
 
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::thread;
@@ -101,7 +101,6 @@ fn headstrong(protocol: u32, schema: u32) -> (Scratch, PathBuf, thread::JoinHand
             schema,
             items: 1,
         };
-        let theirs = OwnedFd::from(theirs);
         send_with(&client, &Reply::Takeover(welcome).to_line(), &[theirs.as_fd()], Wait::Block)
             .expect("send");
         drop(theirs);
