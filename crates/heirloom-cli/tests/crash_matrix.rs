@@ -21,9 +21,11 @@ use std::time::{Duration, Instant};
 
 use crash::table::{Act, IN_PLACE, Outcome, Row, Sees, Serves, TAKEOVER};
 use crash::talk::{Program, Talk};
-use heirloom::control::LastTakeover;
+use heirloom::NoRequests;
+use heirloom::control::{Client, ClientError, Hello, LastTakeover, Request, VersionRange};
 use heirloom::crash::Point;
 use heirloom::lock::{LockFile, lock_path};
+use heirloom::protocol::VERSIONS;
 use rustix::process::Signal;
 use support::proc::{has_ended, signal};
 use support::upgrading::{EndsServing, Place};
@@ -151,6 +153,50 @@ fn play(cells: Vec<Cell>) -> Vec<Played> {
 fn why(panic: Box<dyn Any + Send>) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default()
+}
+
+/// An incumbent that has been replaced, and has only not read so yet, answers nobody any more: it neither tells a former status
+/// nor admits another successor, nor lets it believe, by a `Pong` alone, that it speaks protocol 0.
+#[test]
+fn whoever_asks_one_that_was_replaced_hears_nothing() {
+    let scratch = Scratch::new();
+    let control = scratch.path("chat.sock");
+    let committing = Plan::new(Point::Committing, Act::Stop, &scratch);
+    let (talk, mut incumbent) = Talk::start(Program::Client, &control, |_| {});
+    // They are accepted before the successor's, which comes later.
+    let [mut asks, mut looks] = [(), ()].map(|()| Client::connect(&control).expect("it listens"));
+    [&mut asks, &mut looks].map(|client| client.set_timeout(DEADLINE));
+    let hello = Hello {
+        protocol: VERSIONS,
+        service: status(&control).name,
+        program: "tester".into(),
+        version: "1".into(),
+        pid: std::process::id(),
+        schema: VersionRange::new(1, 1),
+        room: 1000,
+        generation: None,
+    };
+    let mut successor = talk.process(&control, "must", |command| committing.give(command));
+    committing.wait();
+    // It waits for `Taken`, and finds what is asked here before it.
+    wait_for("the incumbent to wait", || proc::is_asleep(incumbent.id()));
+    incumbent.signal(Signal::STOP);
+    wait_for("it to be stopped", || proc::is_stopped(incumbent.id()));
+    asks.send(&Request::<NoRequests>::Takeover(hello)).expect("send");
+    asks.send(&Request::<NoRequests>::Ping).expect("send");
+    looks.send(&Request::<NoRequests>::Status).expect("send");
+    successor.signal(Signal::CONT);
+    wait_for_generation(&control, 1);
+    incumbent.signal(Signal::CONT);
+    for client in [&mut asks, &mut looks] {
+        match client.receive() {
+            Err(ClientError::Closed { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    incumbent.wait_for_code(0);
+    talk.goes_on();
+    talk.ends_exact();
 }
 
 /// No point is left out, and none is in the program by another name.

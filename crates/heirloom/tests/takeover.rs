@@ -14,9 +14,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Instant;
 
-use heirloom::control::{Client, FailureCode, Reply, Request};
+use heirloom::channel::{Channel, Incoming};
+use heirloom::control::{Client, FailureCode, Hello, Reply, Request, VersionRange};
 use heirloom::manifest::Base;
-use heirloom::protocol::Cause;
+use heirloom::protocol::{Cause, ToSuccessor, VERSIONS};
 use heirloom::runtime::blocking::{Gate, Worker, wait};
 use heirloom::{
     Bundle, Config, Entry, Incumbent, ItemId, Kind, NoRequests, Outcome, Replace, Service, Start, StartError,
@@ -48,6 +49,10 @@ fn process() {
         Ok("older") => older_program(control),
         Ok("newer") => newer_program(control),
         Ok("threads") => threads::serve(control).expect("a server of threads"),
+        Ok("admitted") => {
+            let _successor = successor(control, &service());
+            thread::sleep(LONG);
+        }
         role => panic!("unknown role {role:?}"),
     }
 }
@@ -282,6 +287,54 @@ fn a_second_successor_is_told_that_a_takeover_goes_on() {
     }
     offered.ready().unwrap().accept::<NoRequests>().unwrap();
     server.join().unwrap();
+}
+
+/// Whoever asks while the successor before it dies is admitted, and not taken for the dead one, though both are found in one
+/// turn.
+#[test]
+fn the_exit_of_a_successor_is_not_charged_to_the_next() {
+    let scratch = Scratch::new();
+    let mut incumbent = fresh(&scratch.control(), &service());
+    let first = start_role("admitted", &scratch.control());
+    wait_for("a takeover", || {
+        turns(&mut incumbent);
+        incumbent.takeover_running()
+    });
+
+    let mut second = Client::connect(scratch.control()).unwrap();
+    let hello = Hello {
+        protocol: VERSIONS,
+        service: "test".into(),
+        program: "tester".into(),
+        version: "1.2.3".into(),
+        pid: std::process::id(),
+        schema: VersionRange::new(1, 1),
+        room: 1000,
+        generation: None,
+    };
+    second.send(&Request::<NoRequests>::Takeover(hello)).unwrap();
+    drop(first);
+    turns(&mut incumbent);
+
+    let (line, mut descriptors) = second.receive().unwrap();
+    assert!(matches!(Reply::parse(&line), Ok(Reply::Takeover(_))), "{}", String::from_utf8_lossy(&line));
+    let channel = Channel::adopt(descriptors.pop().expect("a channel")).unwrap();
+    let Ok(Incoming::Packet { bytes, descriptors }) = channel.receive() else { panic!("no packet") };
+    assert_eq!(ToSuccessor::from_packet(&bytes, descriptors.len()), Ok(ToSuccessor::Offer));
+    assert!(incumbent.takeover_running());
+}
+
+/// Lets an incumbent without items do what there is to do.
+fn turns(incumbent: &mut Incumbent) {
+    let bundle = Bundle::new();
+    loop {
+        match incumbent.turn(Instant::now()).expect("a turn") {
+            Turn::Idle => return,
+            Turn::Offer(offer) => offer.begin_bundle(&bundle).expect("an offer"),
+            Turn::Batch(batch) => batch.send(|id| bundle.descriptor(id)),
+            _ => panic!("nothing else was asked for"),
+        }
+    }
 }
 
 /// The state of the older of two programs, of the application and of its one item.

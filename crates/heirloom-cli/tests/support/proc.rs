@@ -110,6 +110,11 @@ pub(crate) fn is_stopped(pid: u32) -> bool {
     state(pid) == Some('T')
 }
 
+/// Whether a process waits for something.
+pub(crate) fn is_asleep(pid: u32) -> bool {
+    state(pid) == Some('S')
+}
+
 /// The letter of its state, while it is there.
 fn state(pid: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

@@ -22,14 +22,6 @@ const SPARE_DESCRIPTORS: u64 = 16;
 impl<A> Incumbent<A> {
     /// Checks a Hello, and starts the takeover that it asks for.
     pub(super) fn hello(&mut self, now: Instant, id: ConnectionId, hello: Hello) {
-        // A takeover that has been given up, and only not been read so yet, keeps nobody out.
-        if let Some(takeover) = &mut self.takeover {
-            takeover.receive_all(now);
-            self.run_takeover(now);
-            if self.is_over() {
-                return;
-            }
-        }
         let admitted = self.identify(id).and_then(|peer| {
             let protocol = self.admit(&hello, &peer)?;
             self.admit_in_upgrade(&peer, now)?;

@@ -349,6 +349,11 @@ impl<A> Incumbent<A> {
     /// Answers the whole lines that a connection has sent.
     fn answer(&mut self, now: Instant, id: ConnectionId) {
         while let Some(line) = self.connections.get_mut(&id).and_then(Connection::next_line) {
+            self.hear_successor(now);
+            // Somebody else serves; not even a Ping is answered: a Pong alone would say that protocol 0 is spoken here.
+            if self.is_over() {
+                return;
+            }
             let request = match line {
                 Ok(line) => (self.parse)(&line),
                 Err(too_long) => {
@@ -366,13 +371,7 @@ impl<A> Incumbent<A> {
                     self.reply(id, Reply::Bye.to_line());
                     self.notices.push_back(Notice::Quit(id));
                 }
-                Ok(Request::Takeover(hello)) => {
-                    self.hello(now, id, hello);
-                    // A Pong to the Ping that follows would say that an incumbent of protocol 0 is there.
-                    if self.is_over() {
-                        return;
-                    }
-                }
+                Ok(Request::Takeover(hello)) => self.hello(now, id, hello),
                 Ok(Request::Upgrade(request)) => self.upgrade_asked(id, &request),
                 Ok(Request::Inspect) => {
                     if let Some(connection) = self.connections.get_mut(&id) {
@@ -402,6 +401,14 @@ impl<A> Incumbent<A> {
             }
         }
         self.settle(id);
+    }
+
+    /// Reads what the successor has sent: it may have taken over, or given up, before it was asked what is answered next.
+    fn hear_successor(&mut self, now: Instant) {
+        if let Some(takeover) = &mut self.takeover {
+            takeover.receive_all(now);
+            self.run_takeover(now);
+        }
     }
 
     /// Closes a connection that has ended, or waits for what it wants next.

@@ -202,6 +202,7 @@ fn successor() -> Seeds {
         ("refused-and-withdrawn", refused(&[1, 2, 3, 15, 4, 15, 5, 15, 6, 15])),
         ("refused-and-orphaned", refused(&[1, 2, 3, 15, 4, 15, 5, 15, 9, 10, 15])),
         ("inherits", of(&[1, 3, 15, 4, 15, 10, 15])),
+        ("inherits-and-is-withdrawn-from", of(&[1, 3, 15, 4, 15, 10, 14, 12, 6, 15])),
         ("orphaned-then-dead", of(&[1, 3, 15, 4, 15, 9, 10, 15])),
         ("orphaned", of(&[1, 3, 15, 4, 15, 9, 8, 15])),
         ("lock-held", of(&[13, 1, 3, 15, 4, 15, 5, 15, 8, 15, 8, 13, 15])),

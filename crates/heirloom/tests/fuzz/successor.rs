@@ -145,7 +145,8 @@ impl Case {
             ToSuccessor::Freeze => self.froze |= state == "Ready",
             ToSuccessor::Released => self.released |= state == "Accepted",
             ToSuccessor::Abort { .. } => {
-                self.withdrawn = true;
+                // What comes when it has ended is not read: everything that a dead incumbent had sent was read before.
+                self.withdrawn |= !before;
                 assert!(before || failed, "an incumbent that serves on is believed");
             }
         }
