@@ -12,6 +12,7 @@ mod system;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::LazyLock;
 
+use heirloom::protocol::Fencing;
 use stateright::{Checker, HasDiscoveries, Model};
 use system::{Action, System, Takeover, Weakening};
 
@@ -33,6 +34,21 @@ fn whoever_is_alive_ends_up_with_exactly_one_server_and_nobody_else_with_descrip
             "nobody will ever serve, or somebody keeps duplicates for ever:\n{}",
             graph.path(at).join("\n")
         );
+    }
+}
+
+/// Whatever the incumbent does about a successor that keeps the lock, nobody else serves meanwhile. One that waits serves in the end; one
+/// that gives up has ended.
+#[test]
+fn every_way_of_fencing_keeps_the_rules() {
+    for fencing in [Fencing::Wait, Fencing::GiveUp] {
+        let checker = Takeover::with_fencing(fencing).checker().threads(2).spawn_bfs().join();
+        println!("{fencing:?}: {} unique states", checker.unique_state_count());
+        checker.assert_properties();
+    }
+    let graph = Graph::explore(&Takeover::with_fencing(Fencing::Wait));
+    if let Some(&at) = graph.stuck().first() {
+        panic!("nobody will ever serve:\n{}", graph.path(at).join("\n"));
     }
 }
 

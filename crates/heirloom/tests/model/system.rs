@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use heirloom::ItemId;
 use heirloom::protocol::{
-    Incumbent, IncumbentAction, IncumbentOutcome, Successor, SuccessorAction, SuccessorOutcome, Times,
-    ToIncumbent, ToSuccessor,
+    Fencing, Incumbent, IncumbentAction, IncumbentOutcome, Successor, SuccessorAction, SuccessorOutcome,
+    Times, ToIncumbent, ToSuccessor,
 };
 use stateright::{Model, Property};
 
@@ -32,6 +32,7 @@ pub(crate) enum Weakening {
 
 pub(crate) struct Takeover {
     weakening: Option<Weakening>,
+    fencing: Fencing,
     now: Instant,
 }
 
@@ -136,6 +137,8 @@ pub(crate) enum Action {
     SuccessorWithdraws,
     SuccessorCrashes,
     SuccessorSulks,
+    /// Whoever looks after the machine ends a successor that lingers: what an incumbent that waits waits for.
+    SulkingSuccessorIsEnded,
     ThirdLocksAndServes,
     ThirdEnds,
 }
@@ -156,7 +159,11 @@ impl Action {
 
 impl Takeover {
     pub(crate) fn new(weakening: Option<Weakening>) -> Self {
-        Takeover { weakening, now: Instant::now() }
+        Takeover { weakening, fencing: Fencing::default(), now: Instant::now() }
+    }
+
+    pub(crate) fn with_fencing(fencing: Fencing) -> Self {
+        Takeover { fencing, ..Takeover::new(None) }
     }
 
     fn weak(&self, weakening: Weakening) -> bool {
@@ -352,7 +359,7 @@ impl Model for Takeover {
 
     fn init_states(&self) -> Vec<System> {
         vec![System {
-            incumbent: Incumbent::with_batch(self.now, Times::default(), 1),
+            incumbent: Incumbent::with_batch(self.now, Times::default(), 1).fencing(self.fencing),
             incumbent_process: Process::Running,
             incumbent_serves: true,
             incumbent_asked: None,
@@ -439,6 +446,9 @@ impl Model for Takeover {
                     actions.push(Action::SuccessorWithdraws);
                 }
             }
+        }
+        if state.successor_sulks && self.fencing == Fencing::Wait {
+            actions.push(Action::SulkingSuccessorIsEnded);
         }
         if state.third_serves {
             actions.push(Action::ThirdEnds);
@@ -536,6 +546,7 @@ impl Model for Takeover {
                 state.successor_end = End::Closed;
                 state.to_successor.clear();
             }
+            Action::SulkingSuccessorIsEnded => state.successor_dies(Process::Exited),
             Action::ThirdLocksAndServes => {
                 if !self.try_lock(&mut state, Holder::Third) {
                     return None;
