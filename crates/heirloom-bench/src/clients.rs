@@ -8,7 +8,7 @@ use anyhow::Context;
 use rustix::event::epoll;
 use serde::{Deserialize, Serialize};
 
-use crate::chain::SHARE;
+use crate::member::SHARE;
 use crate::process::{now, say, told};
 
 /// How many connections are sampled, where there are as many.

@@ -20,8 +20,8 @@ use rustix::fs::{FlockOperation, MemfdFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::time::Timespec;
 
-use crate::chain::{Came, connections, leave};
 use crate::echo::echo;
+use crate::member::{Came, connections, leave};
 use crate::process::{now, say};
 use crate::way::Way;
 

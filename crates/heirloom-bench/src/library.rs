@@ -13,8 +13,8 @@ use heirloom::runtime::mio::{register, timeout};
 use heirloom::{Bundle, Config, Incumbent, ItemId, NoRequests, Outcome, Replace, Service, Start, Turn};
 use mio::{Events, Interest, Poll, Token};
 
-use crate::chain::{Came, connections, leave};
 use crate::echo::echo;
+use crate::member::{Came, connections, leave};
 use crate::process::{now, say};
 
 const NAME: &str = "connection";

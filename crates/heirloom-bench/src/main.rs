@@ -8,13 +8,14 @@ mod echo;
 mod figure;
 mod floor;
 mod library;
+mod member;
 mod process;
 mod suite;
 mod way;
 
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
@@ -68,9 +69,19 @@ fn main() -> anyhow::Result<()> {
         set_parent_process_death_signal(Some(Signal::KILL))?;
     }
     match cli.part {
-        Some(Part::Server { way, control, state_bytes, first }) => way.serve(&control, state_bytes, first),
+        Some(Part::Server { way, control, state_bytes, first }) => serve(way, &control, state_bytes, first),
         Some(Part::Clients { count, servers }) => clients::run(count, &servers),
         None => measure(&cli),
+    }
+}
+
+/// A server of a chain: its first one with as many connections, or else a successor.
+fn serve(way: Way, control: &Path, state_bytes: usize, first: Option<usize>) -> anyhow::Result<()> {
+    match (way, first) {
+        (Way::Library, Some(count)) => library::first(control, count, state_bytes),
+        (Way::Library, None) => library::successor(control),
+        (way, Some(count)) => floor::first(way, control, count, state_bytes),
+        (way, None) => floor::successor(way, control, state_bytes),
     }
 }
 

@@ -1,10 +1,6 @@
 //! The ways of handing over that are measured beside each other.
 
-use std::path::Path;
-
 use clap::ValueEnum;
-
-use crate::{floor, library};
 
 /// How a server hands its connections over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -27,21 +23,6 @@ impl Way {
             Way::Floor => "floor",
             Way::OneAMessage => "one-a-message",
             Way::OneAConnection => "one-a-connection",
-        }
-    }
-
-    /// A server of a chain: its first one with as many connections, or else a successor.
-    pub(crate) fn serve(
-        self,
-        control: &Path,
-        state_bytes: usize,
-        first: Option<usize>,
-    ) -> anyhow::Result<()> {
-        match (self, first) {
-            (Way::Library, Some(count)) => library::first(control, count, state_bytes),
-            (Way::Library, None) => library::successor(control),
-            (way, Some(count)) => floor::first(way, control, count, state_bytes),
-            (way, None) => floor::successor(way, control, state_bytes),
         }
     }
 }

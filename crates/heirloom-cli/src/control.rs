@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use clap::Args;
 use heirloom::control::path::default_path;
 
-use crate::chat::DEFAULT_ADDRESS;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::page::Item;
+
+/// Where the chat server is if nothing else is said, which names the control socket.
+pub(crate) const DEFAULT_ADDRESS: &str = "127.0.0.1:31337";
 
 /// The control socket, for the lists of files in `--help` and the man pages.
 pub(crate) const SOCKET: Item = (

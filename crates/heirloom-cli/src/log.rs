@@ -15,13 +15,11 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
 
-use crate::page::Item;
-
 /// The environment variable that sets the level where the command line does not.
 const LEVEL_VARIABLE: &str = "HEIRLOOM_LOG";
 
 /// What the log reads from the environment, for `--help` and the man pages.
-pub(crate) const ENVIRONMENT: &[Item] = &[
+pub(crate) const ENVIRONMENT: &[(&str, &str)] = &[
     (
         LEVEL_VARIABLE,
         "The level of the log where --log-level is not given: error, warn, info, debug or trace.",

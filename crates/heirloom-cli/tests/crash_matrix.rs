@@ -164,8 +164,11 @@ fn whoever_asks_one_that_was_replaced_hears_nothing() {
     let committing = Plan::new(Point::Committing, Act::Stop, &scratch);
     let (talk, mut incumbent) = Talk::start(Program::Client, &control, |_| {});
     // They are accepted before the successor's, which comes later.
-    let [mut asks, mut looks] = [(), ()].map(|()| Client::connect(&control).expect("it listens"));
-    [&mut asks, &mut looks].map(|client| client.set_timeout(DEADLINE));
+    let [mut asks, mut looks] = [(), ()].map(|()| {
+        let mut client = Client::connect(&control).expect("it listens");
+        client.set_timeout(DEADLINE);
+        client
+    });
     let hello = Hello {
         protocol: VERSIONS,
         service: status(&control).name,

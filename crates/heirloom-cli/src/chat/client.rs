@@ -16,10 +16,9 @@ use heirloom::{
     Turn,
 };
 use rustix::event::{PollFd, PollFlags};
-use serde::Deserialize;
 
 use super::SERVER;
-use super::older::{FLUSH_WITHIN, Older};
+use super::older::{ChatRequest, FLUSH_WITHIN, Older};
 use super::pump::{Pump, PumpError};
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -29,13 +28,6 @@ use crate::signals::Signals;
 const STOP_WITHIN: Duration = Duration::from_secs(1);
 /// How long a stdout that failed, for a full disk say, is left alone.
 const STDOUT_RETRY: Duration = Duration::from_secs(1);
-
-/// The chat client's own requests at the control socket.
-#[derive(Debug, Deserialize)]
-pub(super) enum ChatRequest {
-    /// Protocol 0: hand over the connection.
-    RequestFds,
-}
 
 pub(super) struct Client {
     incumbent: Incumbent<ChatRequest>,

@@ -22,17 +22,15 @@ use clap::ValueEnum;
 use heirloom::upgrade::Preflight;
 use heirloom::{Config, Incumbent, Replace, Service, Start};
 
-use crate::control::{self, Target};
+use crate::control::{self, DEFAULT_ADDRESS, Target};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::page::Page;
 use crate::signals::Signals;
-use client::{ChatRequest, Client};
+use client::Client;
+use older::ChatRequest;
 use pump::{Pump, PumpState};
 use stdio::{Input, Output};
-
-/// Where the chat server is if nothing else is said.
-pub(crate) const DEFAULT_ADDRESS: &str = "127.0.0.1:31337";
 
 /// The name of the connection among the items.
 const SERVER: &str = "server";

@@ -9,10 +9,17 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use heirloom::{ConnectionId, Incumbent, Kind, OlderIncumbent};
+use serde::Deserialize;
 
-use super::client::ChatRequest;
 use super::pump::PumpState;
 use crate::failure::Failure;
+
+/// The chat client's own requests at the control socket.
+#[derive(Debug, Deserialize)]
+pub(super) enum ChatRequest {
+    /// Protocol 0: hand over the connection.
+    RequestFds,
+}
 
 /// How long the buffers may take to empty before an older program is refused.
 pub(super) const FLUSH_WITHIN: Duration = Duration::from_secs(10);

@@ -10,7 +10,9 @@
 
 mod admission;
 mod asked;
+mod clients;
 mod connection;
+mod standby;
 mod turn;
 mod upgrade;
 
@@ -23,36 +25,31 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
-use serde::de::DeserializeOwned;
 
 use crate::clock;
 use crate::config::Config;
-use crate::control::request::{FailureCode, NoRequests, Reply, Request, RequestError};
+use crate::control::request::{NoRequests, Request, RequestError};
 use crate::control::status::{ItemStatus, LastTakeover, Status};
 use crate::crash::{self, Point};
-use crate::descriptors::{Wait, send_with};
 use crate::item::ItemId;
 use crate::kind::Kind;
-use crate::lock::{Holding, ServiceLock};
+use crate::lock::Holding;
 use crate::manifest::ServiceRecord;
-use crate::peer::Peer;
 use crate::protocol::{self, IncumbentOutcome};
 use crate::service::Service;
 use crate::transport::socket::takeover::{Takeover, Task, Want};
 use crate::upgrade::Launch;
-use connection::{Connection, failure};
+use connection::Connection;
 use turn::Audience;
 use upgrade::{CHECK, Running, STARTED};
 
 pub use asked::Asked;
 pub use connection::ConnectionId;
+pub(crate) use standby::Standby;
 pub use turn::{Batch, Freeze, HandoverError, Offer, Outcome, TakenBy, Turn};
 
 /// How many rounds of events one turn handles at most, so that the control socket cannot starve the service.
 const ROUNDS: usize = 16;
-
-/// How long the control socket rests when a connection could not be accepted.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// How late a wait for a deadline may end.
 const LATE: Duration = Duration::from_micros(50);
@@ -271,165 +268,11 @@ impl<A> Incumbent<A> {
         matches!(self.ended, Some(Outcome::Taken(_) | Outcome::Superseded(_)))
     }
 
-    fn accept(&mut self, now: Instant) {
-        loop {
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    // Out of descriptors, most likely: looking again at once would be a busy loop.
-                    tracing::warn!(%error, "cannot accept at the control socket for now");
-                    self.set_listening(false);
-                    self.listen_again = Some(now + ACCEPT_PAUSE);
-                    return;
-                }
-            };
-            let peer = match Peer::of(&stream) {
-                Ok(peer) => peer,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot tell who connected to the control socket");
-                    let line = failure(FailureCode::Failed, format_args!("it cannot tell who asks: {error}"));
-                    let _ = send_with(&stream, &line, &[], Wait::DontWait);
-                    continue;
-                }
-            };
-            let refused = self.config.peers.check(&peer).err();
-            let mut connection = Connection::new(stream, peer, &self.config.limits);
-            if let Some(refused) = refused {
-                tracing::warn!(peer = %connection.peer, "refused at the control socket");
-                connection.send(failure(FailureCode::Permission, refused), Vec::new());
-                continue;
-            }
-            if self.connections.len() >= self.config.limits.control_connections {
-                self.make_room();
-            }
-            let id = ConnectionId(self.next_connection);
-            self.next_connection += 1;
-            let flags = epoll::EventFlags::IN;
-            if epoll::add(&self.epoll, &connection, epoll::EventData::new_u64(id.0), flags).is_ok() {
-                self.connections.insert(id, connection);
-                self.connection_ready(now, id, flags);
-            }
-        }
-    }
-
-    fn set_listening(&self, listening: bool) {
-        let interest = if listening { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
-        let _ = epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), interest);
-    }
-
-    /// Closes the oldest connection that nothing is owed to, so that idle clients cannot keep others out.
-    fn make_room(&mut self) {
-        let idle = self.connections.iter().find(|(_, connection)| !connection.waiting && !connection.watched);
-        if let Some((&id, _)) = idle
-            && let Some(mut connection) = self.connections.remove(&id)
-        {
-            let _ = epoll::delete(&self.epoll, &connection);
-            connection.send(
-                failure(FailureCode::Busy, "too many control connections: this was the oldest"),
-                Vec::new(),
-            );
-        }
-    }
-
-    fn connection_ready(&mut self, now: Instant, id: ConnectionId, flags: epoll::EventFlags) {
-        let Some(connection) = self.connections.get_mut(&id) else { return };
-        if flags.contains(epoll::EventFlags::OUT) {
-            connection.flush();
-        }
-        if flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
-            connection.fill();
-        }
-        if flags.contains(epoll::EventFlags::HUP) {
-            connection.hang_up();
-        }
-        self.answer(now, id);
-    }
-
-    /// Answers the whole lines that a connection has sent.
-    fn answer(&mut self, now: Instant, id: ConnectionId) {
-        while let Some(line) = self.connections.get_mut(&id).and_then(Connection::next_line) {
-            self.hear_successor(now);
-            // Somebody else serves; not even a Ping is answered: a Pong alone would say that protocol 0 is spoken here.
-            if self.is_over() {
-                return;
-            }
-            let request = match line {
-                Ok(line) => (self.parse)(&line),
-                Err(too_long) => {
-                    self.reply(id, failure(FailureCode::TooLong, too_long));
-                    break;
-                }
-            };
-            match request {
-                Ok(Request::Ping) => self.reply(id, Reply::Pong.to_line()),
-                Ok(Request::Status) => {
-                    let status = self.status();
-                    self.reply(id, Reply::Status(status).to_line());
-                }
-                Ok(Request::Quit) => {
-                    self.reply(id, Reply::Bye.to_line());
-                    self.notices.push_back(Notice::Quit(id));
-                }
-                Ok(Request::Takeover(hello)) => self.hello(now, id, hello),
-                Ok(Request::Upgrade(request)) => self.upgrade_asked(id, &request),
-                Ok(Request::Inspect) => {
-                    if let Some(connection) = self.connections.get_mut(&id) {
-                        connection.waiting = true;
-                    }
-                    self.inspectors.push(id);
-                }
-                Ok(Request::Application(request)) => {
-                    if let Some(connection) = self.connections.get_mut(&id) {
-                        connection.waiting = true;
-                    }
-                    self.notices.push_back(Notice::Request(id, request));
-                }
-                Err(error) => {
-                    let code = match &error {
-                        RequestError::Unknown { .. } => FailureCode::Unknown,
-                        _ => FailureCode::Malformed,
-                    };
-                    self.reply(id, failure(code, error));
-                    if let Some(connection) = self.connections.get_mut(&id) {
-                        connection.count_bad_line(&self.config.limits);
-                        if connection.has_ended() {
-                            break;
-                        }
-                    }
-                }
-            }
-        }
-        self.settle(id);
-    }
-
     /// Reads what the successor has sent: it may have taken over, or given up, before it was asked what is answered next.
     fn hear_successor(&mut self, now: Instant) {
         if let Some(takeover) = &mut self.takeover {
             takeover.receive_all(now);
             self.run_takeover(now);
-        }
-    }
-
-    /// Closes a connection that has ended, or waits for what it wants next.
-    fn settle(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get(&id) else { return };
-        let data = epoll::EventData::new_u64(id.0);
-        if !connection.has_ended()
-            && epoll::modify(&self.epoll, connection, data, connection.interest()).is_ok()
-        {
-            return;
-        }
-        let _ = epoll::delete(&self.epoll, connection);
-        if connection.watched {
-            self.notices.push_back(Notice::Closed(id));
-        }
-        self.connections.remove(&id);
-    }
-
-    fn reply(&mut self, id: ConnectionId, line: Vec<u8>) {
-        if let Some(connection) = self.connections.get_mut(&id) {
-            connection.send(line, Vec::new());
         }
     }
 
@@ -611,74 +454,6 @@ impl<A> Incumbent<A> {
         if let Holding::Held(_) = self.lock {
             let _ = std::fs::remove_file(&self.path);
         }
-    }
-}
-
-/// What an incumbent needs beside the lock and the listener, had ready before either is its own: of what is shared it
-/// changes nothing.
-#[derive(Debug)]
-pub(crate) struct Standby {
-    epoll: OwnedFd,
-    launch: Launch,
-    path: PathBuf,
-    service: Service,
-    config: Config,
-}
-
-impl Standby {
-    /// Gets it ready for this listener, which is only watched.
-    pub(crate) fn new(
-        listener: impl AsFd,
-        path: &Path,
-        service: Service,
-        config: Config,
-    ) -> io::Result<Standby> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
-        Ok(Standby { epoll, launch: Launch::current(), path: path.into(), service, config })
-    }
-
-    /// Serves, with the listener that it was made for.
-    pub(crate) fn serve<A: DeserializeOwned>(
-        self,
-        listener: UnixListener,
-        lock: ServiceLock,
-        record: ServiceRecord,
-        last_takeover: Option<LastTakeover>,
-    ) -> io::Result<Incumbent<A>> {
-        let Standby { epoll, launch, path, service, config } = self;
-        // Whoever had it before may have left it blocking; from here on it is ours to change.
-        listener.set_nonblocking(true)?;
-        Ok(Incumbent {
-            epoll,
-            listener,
-            path,
-            lock: Holding::Held(lock),
-            record: ServiceRecord {
-                name: service.name.clone(),
-                program: service.program.clone(),
-                version: service.version.clone(),
-                schema: service.writes,
-                ..record
-            },
-            service,
-            config,
-            serving_since_ms: clock::unix_ms(),
-            items: Vec::new(),
-            connections: BTreeMap::new(),
-            next_connection: FIRST_CONNECTION,
-            takeover: None,
-            launch,
-            upgrade: None,
-            inspectors: Vec::new(),
-            last_takeover,
-            ended: None,
-            notices: VecDeque::new(),
-            replied: Vec::new(),
-            listen_again: None,
-            parse: Request::<A>::parse,
-            again: false,
-        })
     }
 }
 
