@@ -23,15 +23,18 @@ pub(crate) struct Round {
     pub(crate) pause_parts: [u64; 3],
     /// From the successor's connect until it has every descriptor, registered with its poller.
     pub(crate) transfer: u64,
+    /// The same, until it has also checked them and could serve.
+    pub(crate) ready: u64,
 }
 
 impl Round {
     fn of(left: Left, came: Came) -> Round {
-        let Came { began, registered, complete, taken, polled } = came;
+        let Came { began, registered, checked, complete, taken, polled } = came;
         Round {
             pause: polled - left.frozen,
             pause_parts: [complete - left.frozen, taken - complete, polled - taken],
             transfer: registered - began,
+            ready: checked - began,
         }
     }
 }

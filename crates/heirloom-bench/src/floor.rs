@@ -112,7 +112,7 @@ pub(crate) fn successor(way: Way, control: &Path, state_bytes: usize) -> anyhow:
     if own.is_some() {
         std::fs::remove_file(beside(control))?;
     }
-    say(&Came { began, registered, complete, taken, polled })?;
+    say(&Came { began, registered, checked: registered, complete, taken, polled })?;
     Server { way, poller, listener, lock, connections: lent, state_bytes, beside: beside(control) }.serve()
 }
 

@@ -39,10 +39,17 @@ pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
     let Start::Successor(successor) = ask(control, Replace::Must)? else { bail!("nobody hands over") };
     let mut poll = Poll::new()?;
     let mut events = Events::with_capacity(1024);
+    // Without the control listener, which is not lent.
+    let (mut left, mut registered) = (successor.welcome().items - 1, 0);
     let offered = successor.receive_each(|entry, descriptor| {
-        register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)
+        register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
+        left -= 1;
+        if left == 0 {
+            registered = now();
+        }
+        Ok(())
     })?;
-    let registered = now();
+    let checked = now();
     let ready = offered.ready()?;
     let complete = now();
     let mut came = ready.accept::<NoRequests>()?;
@@ -54,7 +61,7 @@ pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
     for event in &events {
         server.answer(id(event.token()))?;
     }
-    say(&Came { began, registered, complete, taken, polled })?;
+    say(&Came { began, registered, checked, complete, taken, polled })?;
     server.serve()
 }
 
@@ -69,8 +76,8 @@ impl Server {
         let mut events = Events::with_capacity(1024);
         // What is sent on the last connection from now on is for the successor's first poll to find.
         let last = self.bundle.entries().last().map(|entry| entry.id);
-        self.incumbent
-            .set_items(self.bundle.entries().map(|entry| (entry.id, entry.name.clone(), entry.kind)));
+        let connections = self.bundle.entries().filter(|entry| entry.id != ItemId::CONTROL);
+        self.incumbent.set_items(connections.map(|entry| (entry.id, entry.name.clone(), entry.kind)));
         loop {
             self.poll.poll(&mut events, timeout(&self.incumbent))?;
             let mut due = self.incumbent.deadline().is_some_and(|at| at <= Instant::now());

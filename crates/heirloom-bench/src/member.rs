@@ -26,6 +26,8 @@ pub(crate) struct Came {
     pub(crate) began: u64,
     /// When it had every descriptor, registered with its poller.
     pub(crate) registered: u64,
+    /// When it had checked that they are what they should be, and could serve.
+    pub(crate) checked: u64,
     /// When it had everything, the incumbent frozen.
     pub(crate) complete: u64,
     /// When it had committed.

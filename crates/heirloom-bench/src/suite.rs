@@ -20,8 +20,8 @@ const FEWEST_SAMPLED: usize = 100;
 /// What to measure. Of the floor, `floor.rs` has every system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Suite {
-    /// A descriptor's share of the time from the successor's connect until all have been sent, received, checked and
-    /// registered with its poller; by the library, and as others do it
+    /// A descriptor's share of the time from the successor's connect until all have been sent, received and registered with
+    /// its poller, and until they have been checked, too; by the library, and as others do it
     Transfer,
     /// From the incumbent's last turn to the return of the successor's first poll; and the gap: the longest that each of
     /// 100 sampled connections, which ask as fast as they are answered, waits for an answer during a takeover
@@ -63,7 +63,10 @@ pub(crate) fn measure(
             let mut pair = Pair::begin(directory.path(), count, state_bytes)?;
             let rounds = pair.rounds(repeat.rounds)?;
             if suites.contains(&Suite::Transfer) {
-                report(vec![transfer(&case, count as u64, &rounds)])?;
+                report(vec![
+                    transfer(&case, count as u64, &rounds, |round| round.transfer),
+                    transfer(&format!("{case}: until checked"), count as u64, &rounds, |round| round.ready),
+                ])?;
                 if state_bytes == 0 {
                     report(others(directory.path(), count, &mut pair, repeat.others)?)?;
                 }
@@ -102,8 +105,8 @@ fn both(rounds: &[(Round, Round)], of: impl Fn(&Round) -> u64) -> (Vec<u64>, Vec
     rounds.iter().map(|(library, floor)| (of(library), of(floor))).unzip()
 }
 
-fn transfer(case: &str, count: u64, rounds: &[(Round, Round)]) -> Measured {
-    let values = both(rounds, |round| round.transfer / count);
+fn transfer(case: &str, count: u64, rounds: &[(Round, Round)], of: impl Fn(&Round) -> u64) -> Measured {
+    let values = both(rounds, |round| of(round) / count);
     Measured::new("transfer", case.into(), Unit::Nanoseconds, values)
 }
 
@@ -127,7 +130,7 @@ fn others(directory: &Path, count: usize, pair: &mut Pair, rounds: usize) -> any
         let rounds: Vec<(Round, Round)> =
             (0..rounds).map(|_| Ok((chain.next()?, pair.floor.next()?))).collect::<anyhow::Result<_>>()?;
         let case = format!("{count} connection{}, {name}", if count == 1 { "" } else { "s" });
-        all.push(transfer(&case, count as u64, &rounds));
+        all.push(transfer(&case, count as u64, &rounds, |round| round.transfer));
     }
     Ok(all)
 }

@@ -1,4 +1,5 @@
-//! The items of a base while their descriptors arrive: each is checked at once, and finds the place of its entry.
+//! The items of a base while their descriptors arrive: each finds the place of its entry, and is lent at once. That they are
+//! what their entries say is checked when all are there, so that nothing but their registration is on their way.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,7 +23,7 @@ impl Arriving {
         Arriving { base, descriptors, next: 0 }
     }
 
-    /// Checks a descriptor, lends it unless it is the control listener, and keeps it.
+    /// Lends a descriptor, unless it is the control listener, and keeps it.
     pub(crate) fn take_in(
         &mut self,
         id: ItemId,
@@ -31,11 +32,13 @@ impl Arriving {
     ) -> Result<(), String> {
         let place = self.place(id).ok_or_else(|| BundleError::NotListed { id }.to_string())?;
         self.next = place + 1;
-        let entry = &mut self.base.items[place];
-        entry.kind = checked_kind(entry, &descriptor).map_err(|error| error.to_string())?;
-        if id != ItemId::CONTROL {
-            each(entry, descriptor.as_fd())
-                .map_err(|error| format!("cannot prepare for {entry}: {error}"))?;
+        let entry = &self.base.items[place];
+        if id != ItemId::CONTROL
+            && let Err(error) = each(entry, descriptor.as_fd())
+        {
+            // It may not be what it is said to be, which would be the reason.
+            checked_kind(entry, &descriptor).map_err(|error| error.to_string())?;
+            return Err(format!("cannot prepare for {entry}: {error}"));
         }
         match self.descriptors[place].replace(descriptor) {
             None => Ok(()),
@@ -50,16 +53,19 @@ impl Arriving {
         }
     }
 
-    /// The bundle of what has come, and the entries of what has not.
-    pub(crate) fn finish(mut self) -> (Bundle, Vec<Entry>) {
+    /// The bundle of what has come and was checked, and the entries of what has not.
+    pub(crate) fn finish(mut self) -> Result<(Bundle, Vec<Entry>), BundleError> {
         let entries = std::mem::take(&mut self.base.items);
         let (mut items, mut missing) = (Vec::with_capacity(entries.len()), Vec::new());
-        for (entry, descriptor) in entries.into_iter().zip(self.descriptors) {
+        for (mut entry, descriptor) in entries.into_iter().zip(self.descriptors) {
             match descriptor {
-                Some(descriptor) => items.push((entry.id, Item { entry, descriptor })),
+                Some(descriptor) => {
+                    entry.kind = checked_kind(&entry, &descriptor)?;
+                    items.push((entry.id, Item { entry, descriptor }));
+                }
                 None => missing.push(entry),
             }
         }
-        (Bundle::of_items(self.base, items.into_iter().collect()), missing)
+        Ok((Bundle::of_items(self.base, items.into_iter().collect()), missing))
     }
 }

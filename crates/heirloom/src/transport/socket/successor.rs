@@ -181,8 +181,9 @@ impl Successor {
         self.receive_each(|_, _| Ok(()))
     }
 
-    /// As [`Successor::receive`], and lends each descriptor once it has come and was checked, the control listener's
-    /// apart. To register them with a poller here takes less time than afterwards, for the incumbent sends meanwhile.
+    /// As [`Successor::receive`], and lends each descriptor once it has come, the control listener's apart. To register them
+    /// with a poller here takes less time than afterwards, for the incumbent sends meanwhile. That a descriptor is of the kind
+    /// that its entry says has been checked when this returns, and not before.
     ///
     /// What was lent may still end before the freeze, and is then not in the [`Complete::bundle`].
     ///
@@ -476,7 +477,7 @@ impl Takeover {
         Ok(())
     }
 
-    /// Checks the descriptors of the base that have just arrived, and lends them.
+    /// Lends the descriptors of the base that have just arrived.
     fn show_arrived(&mut self, each: &mut dyn FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>) {
         let Some(arriving) = &mut self.arriving else { return };
         for (id, descriptor) in self.unchecked.drain(..) {
@@ -494,10 +495,10 @@ impl Takeover {
         Ok(bytes)
     }
 
-    /// Puts base manifest and descriptors together, which were checked as they came.
+    /// Puts base manifest and descriptors together, and checks them.
     fn check_offer(&mut self) -> Result<(), String> {
         let arriving = self.arriving.take().ok_or("the base manifest did not come")?;
-        (self.bundle, self.missing) = arriving.finish();
+        (self.bundle, self.missing) = arriving.finish().map_err(|error| error.to_string())?;
         Ok(())
     }
 
