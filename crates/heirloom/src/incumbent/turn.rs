@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
@@ -17,7 +18,7 @@ use crate::control::request::{FailureCode, ManifestSummary, NoRequests, Reply};
 use crate::crash::{self, Point};
 use crate::item::{CONTROL_NAME, Entry, ItemId};
 use crate::kind::Kind;
-use crate::manifest::{Base, Delta, ManifestError, ServiceRecord, seal};
+use crate::manifest::{Base, Delta, Encoded, ManifestError, ServiceRecord, Written, seal};
 use crate::protocol::Reason;
 use crate::transport::socket::takeover::{Offered, Want};
 
@@ -168,7 +169,10 @@ impl<A> Offer<'_, A> {
         base.service = incumbent.record.clone();
         base.items.insert(0, control_entry());
         match &self.audience {
-            Audience::Successor => incumbent.offer(base),
+            Audience::Successor => {
+                let encoded = base.encode(&incumbent.config.limits);
+                incumbent.offer(encoded, base.items.iter().map(|entry| entry.id).collect(), || base)
+            }
             Audience::Preflight => incumbent.check(base),
             Audience::Inspectors(who) => incumbent.show_manifest(who, &base),
         }
@@ -179,8 +183,27 @@ impl<A> Offer<'_, A> {
     /// # Errors
     ///
     /// See [`Offer::begin`].
-    pub fn begin_bundle(self, bundle: &Bundle) -> Result<(), HandoverError> {
-        self.begin(bundle.base(ServiceRecord::default()))
+    pub fn begin_bundle(mut self, bundle: &Bundle) -> Result<(), HandoverError> {
+        if !matches!(self.audience, Audience::Successor) {
+            return self.begin(bundle.base(ServiceRecord::default()));
+        }
+        let Some(incumbent) = self.incumbent.take() else { return Ok(()) };
+        let (control, service) = (control_entry(), incumbent.record.clone());
+        let entries = bundle.entries().filter(|entry| entry.id != ItemId::CONTROL);
+        let written = Written {
+            service: &service,
+            state: bundle.encoded_state(),
+            items: iter::once(&control).chain(entries).collect(),
+            next_id: bundle.next_id().0,
+            sections: &[],
+        };
+        let encoded = written.encode(&incumbent.config.limits);
+        let ids = written.items.iter().map(|entry| entry.id).collect();
+        incumbent.offer(encoded, ids, || {
+            let mut base = bundle.base(service.clone());
+            base.items.insert(0, control.clone());
+            base
+        })
     }
 
     /// Refuses: whoever wanted it is told why.
@@ -210,14 +233,19 @@ impl<A> Drop for Offer<'_, A> {
 }
 
 impl<A> Incumbent<A> {
-    fn offer(&mut self, base: Base) -> Result<(), HandoverError> {
+    /// Offers what is encoded; `base` is the same, to compare with later.
+    fn offer(
+        &mut self,
+        encoded: Result<Encoded, ManifestError>,
+        ids: Vec<ItemId>,
+        base: impl FnOnce() -> Base,
+    ) -> Result<(), HandoverError> {
         let now = Instant::now();
         let Some(takeover) = &mut self.takeover else { return Ok(()) };
-        let result = base.encode(&self.config.limits).map_err(HandoverError::from).and_then(|encoded| {
+        let result = encoded.map_err(HandoverError::from).and_then(|encoded| {
             takeover.bytes += encoded.bytes.len() as u64;
-            let ids = base.items.iter().map(|entry| entry.id).collect();
             let memfd = seal("base", &encoded.bytes)?;
-            takeover.offered = Some(Offered { base, crc: encoded.crc, memfd });
+            takeover.offered = Some(Offered { base: Base::default(), crc: encoded.crc, memfd });
             takeover.machine.offered(now, ids);
             Ok(())
         });
@@ -225,6 +253,10 @@ impl<A> Incumbent<A> {
             takeover.machine.abort(format_args!("the incumbent cannot write its manifest: {error}"));
         }
         self.run_takeover(now);
+        // The successor reads meanwhile.
+        if let Some(offered) = self.takeover.as_mut().and_then(|takeover| takeover.offered.as_mut()) {
+            offered.base = base();
+        }
         result
     }
 

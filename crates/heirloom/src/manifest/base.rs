@@ -24,7 +24,7 @@ use crate::{Entry, ItemId, Limits};
 /// assert_eq!(Base::decode(&encoded.bytes, &Limits::default())?, base);
 /// # Ok::<_, heirloom::manifest::ManifestError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, PartialEq, Eq, Decode)]
 #[cbor(map, context_bound = "AsRef<Limits>")]
 pub struct Base {
     /// Who hands over.
@@ -42,6 +42,22 @@ pub struct Base {
     /// What other parts of the program add.
     #[cbor(n(4), decode_with = "list::decode", default)]
     pub sections: Vec<Section>,
+}
+
+/// A base as it is written down, of parts that lie elsewhere: the keys are those of [`Base`].
+#[derive(Debug, Encode)]
+#[cbor(map)]
+pub(crate) struct Written<'a> {
+    #[n(0)]
+    pub(crate) service: &'a ServiceRecord,
+    #[cbor(n(1), with = "minicbor::bytes")]
+    pub(crate) state: Option<&'a [u8]>,
+    #[n(2)]
+    pub(crate) items: Vec<&'a Entry>,
+    #[n(3)]
+    pub(crate) next_id: u64,
+    #[n(4)]
+    pub(crate) sections: &'a [Section],
 }
 
 /// Who hands over: what is known about the service itself and outlives each of its processes.
@@ -133,8 +149,7 @@ impl Base {
     /// [`ManifestError::Limit`], [`ManifestError::Order`] or [`ManifestError::NotGivenOut`]: what a reader would
     /// refuse is not written.
     pub fn encode(&self, limits: &Limits) -> Result<Encoded, ManifestError> {
-        self.check(limits)?;
-        encode_part(Part::Base, self, limits)
+        self.written().encode(limits)
     }
 
     /// Reads a base.
@@ -143,7 +158,7 @@ impl Base {
     /// Any [`ManifestError`] about form. Sections are not looked at: see [`check_sections`](Base::check_sections).
     pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Base, ManifestError> {
         let base: Base = decode_part(Part::Base, bytes, limits)?;
-        base.check(limits)?;
+        base.written().check(limits)?;
         Ok(base)
     }
 
@@ -206,14 +221,32 @@ impl Base {
         Ok(self)
     }
 
+    fn written(&self) -> Written<'_> {
+        Written {
+            service: &self.service,
+            state: self.state.as_deref(),
+            items: self.items.iter().collect(),
+            next_id: self.next_id,
+            sections: &self.sections,
+        }
+    }
+}
+
+impl Written<'_> {
+    /// As [`Base::encode`].
+    pub(crate) fn encode(&self, limits: &Limits) -> Result<Encoded, ManifestError> {
+        self.check(limits)?;
+        encode_part(Part::Base, self, limits)
+    }
+
     fn check(&self, limits: &Limits) -> Result<(), ManifestError> {
-        let ServiceRecord { name, program, version, counters, .. } = &self.service;
+        let ServiceRecord { name, program, version, counters, .. } = self.service;
         name_within("service name", name, limits)?;
         name_within("program name", program, limits)?;
         name_within("program version", version, limits)?;
         check_counters(counters, limits)?;
-        state_within(self.state.as_ref(), limits)?;
-        check_section_names(&self.sections, limits)?;
+        state_within(self.state, limits)?;
+        check_section_names(self.sections, limits)?;
         check_entries("items", &self.items, self.next_id, limits)
     }
 }

@@ -179,7 +179,7 @@ impl Delta {
     }
 
     fn check(&self, limits: &Limits) -> Result<(), ManifestError> {
-        state_within(self.state.as_ref(), limits)?;
+        state_within(self.state.as_deref(), limits)?;
         check_counters(&self.counters, limits)?;
         check_section_names(&self.sections, limits)?;
         self.check_order()?;

@@ -17,10 +17,11 @@ mod delta;
 mod header;
 mod sealed;
 
-use std::{convert::Infallible, io};
+use std::{borrow::Borrow, convert::Infallible, io};
 
 use minicbor::{Decode, Decoder, Encode};
 
+pub(crate) use self::base::Written;
 pub use self::{
     base::{Base, Section, ServiceRecord},
     delta::{Change, Delta},
@@ -284,21 +285,22 @@ fn name_within(of: &str, name: &str, limits: &Limits) -> Result<(), ManifestErro
     within(|| format!("the {of} {:?}", shortened(name)), "name_bytes", name.len(), limits.name_bytes)
 }
 
-fn state_within(state: Option<&Vec<u8>>, limits: &Limits) -> Result<(), ManifestError> {
-    let bytes = state.map_or(0, Vec::len);
+fn state_within(state: Option<&[u8]>, limits: &Limits) -> Result<(), ManifestError> {
+    let bytes = state.map_or(0, <[u8]>::len);
     within(|| "the application state".into(), "state_bytes", bytes, limits.state_bytes)
 }
 
 /// Checks a list of entries: limits, order (and so duplicates), and that the counter is past every id.
 fn check_entries(
     list: &'static str,
-    entries: &[Entry],
+    entries: &[impl Borrow<Entry>],
     next_id: u64,
     limits: &Limits,
 ) -> Result<(), ManifestError> {
     within(|| format!("the number of {list}"), "items", entries.len(), limits.items)?;
-    check_order(list, entries.iter().map(|e| e.id))?;
-    for entry in entries {
+    let entries = entries.iter().map(Borrow::borrow);
+    check_order(list, entries.clone().map(|e| e.id))?;
+    for entry in entries.clone() {
         name_within("item name", &entry.name, limits)?;
         within(
             || format!("the state of item {entry}"),
