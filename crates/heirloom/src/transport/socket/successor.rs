@@ -31,12 +31,15 @@ use crate::lock::{Holding, LockFile};
 use crate::manifest::{Base, Delta, Header, read_sealed};
 use crate::peer::Peer;
 use crate::protocol::{
-    self, Cause, Reason, Step, SuccessorAction, SuccessorOutcome, ToIncumbent, ToSuccessor,
+    self, Cause, Reason, Step, SuccessorAction, SuccessorOutcome, ToIncumbent, ToSuccessor, WINDOW,
 };
 use crate::service::Service;
 
 /// How soon a packet that the kernel had no room for is tried again.
 const RETRY: Duration = Duration::from_millis(1);
+
+/// How many credits are sent together while packets wait to be received: each time they wake the incumbent.
+const TOGETHER: u32 = WINDOW / 2;
 
 /// Why a takeover that was admitted did not happen. The incumbent, if it lives, serves on.
 ///
@@ -109,6 +112,8 @@ struct Takeover {
     bundle: Bundle,
     /// From `Ready` on.
     standby: Option<Standby>,
+    /// Withheld while there is more to receive.
+    credits: u32,
     bytes: u64,
     items: u64,
     started: Instant,
@@ -155,6 +160,7 @@ impl Successor {
                 missing: Vec::new(),
                 bundle: Bundle::new(),
                 standby: None,
+                credits: 0,
                 bytes: 0,
                 items: 0,
                 started: now,
@@ -338,7 +344,16 @@ impl Takeover {
             let now = Instant::now();
             while let Some(action) = self.machine.poll() {
                 match action {
-                    SuccessorAction::Send(message) => self.send(&message),
+                    SuccessorAction::Send(ToIncumbent::Credit) => {
+                        self.credits += 1;
+                        if self.credits == TOGETHER {
+                            self.send_credits();
+                        }
+                    }
+                    SuccessorAction::Send(message) => {
+                        self.send_credits();
+                        self.send(&message);
+                    }
                     SuccessorAction::Prepare => match self.check_offer() {
                         Ok(()) => {
                             crash::reach(Point::OfferChecked);
@@ -375,7 +390,11 @@ impl Takeover {
 
     /// Waits for a packet, the incumbent's exit, or the machine's deadline, and feeds it what has come.
     fn wait(&mut self) -> io::Result<()> {
-        let timeout = self.machine.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = match self.machine.deadline() {
+            // Only a look: what is withheld is sent before there is any waiting.
+            _ if self.credits > 0 => Some(Duration::ZERO),
+            deadline => deadline.map(|at| at.saturating_duration_since(Instant::now())),
+        };
         let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
         let mut fds = Vec::with_capacity(2);
         if !self.channel_closed {
@@ -399,6 +418,8 @@ impl Takeover {
         } else if arrived {
             // One a wake-up: the poll tells of the next.
             self.receive();
+        } else {
+            self.send_credits();
         }
         Ok(())
     }
@@ -522,6 +543,13 @@ impl Takeover {
         }
         self.frozen_at_ns = delta.frozen_at_ns;
         self.bundle.apply(delta, self.base_crc, std::mem::take(&mut self.late))
+    }
+
+    /// Sends what was withheld.
+    fn send_credits(&mut self) {
+        for _ in 0..std::mem::take(&mut self.credits) {
+            self.send(&ToIncumbent::Credit);
+        }
     }
 
     fn send(&mut self, message: &ToIncumbent) {
