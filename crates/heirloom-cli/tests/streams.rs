@@ -131,7 +131,7 @@ fn a_chat_at_ncat_hears_what_a_witness_hears() {
     }
     let scratch = Scratch::new();
     let (control, witness_control) = (scratch.path("chat.sock"), scratch.path("witness.sock"));
-    let (_broker, talker) = ncat_chat();
+    let (mut broker, talker) = ncat_chat();
     let address = talker.peer_addr().expect("connected").to_string();
     let never = &mut chat(&address, &witness_control, &["--replace", "never"]);
     let mut witness = Process::start(never);
@@ -147,6 +147,7 @@ fn a_chat_at_ncat_hears_what_a_witness_hears() {
     for _ in 0..REPLACEMENTS {
         generations.replace(next());
     }
+    assert!(broker.is_running(), "ncat has ended by itself: {}", broker.stderr());
     let mut sent = sender.finish();
     sent.extend_from_slice(END);
     (&talker).write_all(END).expect("ncat reads");
