@@ -7,7 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use heirloom::channel::{Channel, Incoming};
+use heirloom::channel::{Channel, Incoming, SendError};
 use heirloom::control::{Client, Hello, Reply, Request, VersionRange};
 use heirloom::lock::{LockFile, ServiceLock, lock_path};
 use heirloom::protocol::{Fencing, ToIncumbent, ToSuccessor, VERSIONS};
@@ -100,13 +100,24 @@ fn next(channel: &Channel) -> Option<ToSuccessor> {
     }
 }
 
+/// Waits until the incumbent, which has sent its Abort, has stopped receiving: what is sent before counts.
+fn cannot_commit(channel: &Channel) {
+    let harmless = ToIncumbent::Abort { reason: "as you like".into() }.to_packet();
+    let until = Instant::now() + LONG;
+    while !matches!(channel.send(&harmless, &[]), Err(SendError::Closed)) {
+        assert!(Instant::now() < until, "it goes on receiving");
+    }
+    let sent = channel.send(&ToIncumbent::Taken.to_packet(), &[]);
+    assert!(matches!(sent, Err(SendError::Closed)), "{sent:?}");
+}
+
 #[test]
 fn whoever_waits_serves_when_the_lock_is_free() {
     let scratch = Scratch::new();
     let incumbent = serving(&scratch, Fencing::Wait);
     let (channel, lock) = up_to_the_lock(&scratch.control());
     assert!(matches!(next(&channel), Some(ToSuccessor::Abort { .. })));
-    assert!(channel.send(&ToIncumbent::Taken.to_packet(), &[]).is_err(), "it cannot commit any more");
+    cannot_commit(&channel);
     // Far longer than it would be let live otherwise: that nothing happens can only be waited for.
     thread::sleep(5 * FENCE);
     assert!(!incumbent.is_finished());
@@ -138,5 +149,5 @@ fn whoever_gives_up_exits_and_leaves_the_lock_to_the_other() {
     let [Outcome::Superseded(reason)] = &outcomes[..] else { panic!("{outcomes:?}") };
     assert!(reason.to_string().starts_with("at step taken: "), "{reason}");
     assert!(matches!(next(&channel), Some(ToSuccessor::Abort { .. })));
-    assert!(channel.send(&ToIncumbent::Taken.to_packet(), &[]).is_err(), "it cannot commit any more");
+    cannot_commit(&channel);
 }
