@@ -77,7 +77,46 @@ pub struct Entry {
     pub state: Vec<u8>,
 }
 
+/// An entry whose name and state lie elsewhere; on the wire the same as an [`Entry`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Decode)]
+#[cbor(map)]
+pub(crate) struct EntryRef<'b> {
+    #[n(0)]
+    pub(crate) id: ItemId,
+    #[b(1)]
+    pub(crate) name: &'b str,
+    #[n(2)]
+    pub(crate) kind: Kind,
+    #[cbor(b(3), with = "minicbor::bytes", default)]
+    pub(crate) state: &'b [u8],
+}
+
+impl Entry {
+    pub(crate) fn as_ref(&self) -> EntryRef<'_> {
+        EntryRef { id: self.id, name: &self.name, kind: self.kind, state: &self.state }
+    }
+}
+
+impl EntryRef<'_> {
+    pub(crate) fn to_entry(self) -> Entry {
+        Entry { id: self.id, name: self.name.to_owned(), kind: self.kind, state: self.state.to_owned() }
+    }
+
+    /// Writes it over another entry, in the memory that this has.
+    pub(crate) fn write_over(self, entry: &mut Entry) {
+        (entry.id, entry.kind) = (self.id, self.kind);
+        self.name.clone_into(&mut entry.name);
+        self.state.clone_into(&mut entry.state);
+    }
+}
+
 impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.as_ref().fmt(f)
+    }
+}
+
+impl fmt::Display for EntryRef<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} (id {}, {})", self.name, self.id, self.kind)
     }
@@ -164,5 +203,18 @@ mod tests {
         let entry: Entry = minicbor::decode(&[0xa3, 0, 9, 1, 0x61, b'x', 2, 2]).unwrap();
         assert_eq!(entry, Entry { id: ItemId(9), name: "x".into(), kind: Kind::TcpStream, state: vec![] });
         assert!(minicbor::decode::<Entry>(&[0xa2, 0, 9, 1, 0x61, b'x']).is_err());
+        assert!(minicbor::decode::<EntryRef<'_>>(&[0xa2, 0, 9, 1, 0x61, b'x']).is_err());
+    }
+
+    #[test]
+    fn an_entry_is_read_alike_in_place() {
+        let entry = Entry { id: ItemId(9), name: "x".into(), kind: Kind::TcpStream, state: vec![1, 2] };
+        let bytes = minicbor::to_vec(&entry).unwrap();
+        let read: EntryRef<'_> = minicbor::decode(&bytes).unwrap();
+        assert_eq!((read, read.to_entry()), (entry.as_ref(), entry.clone()));
+
+        let mut other = Entry { id: ItemId(1), name: "y".into(), kind: Kind::Memfd, state: vec![3] };
+        read.write_over(&mut other);
+        assert_eq!(other, entry);
     }
 }

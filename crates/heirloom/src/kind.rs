@@ -127,7 +127,7 @@ impl Kind {
     }
 
     /// The kind with this number. One that only a newer program knows is something else to this one.
-    fn from_code(code: u32) -> Kind {
+    pub(crate) fn from_code(code: u32) -> Kind {
         usize::try_from(code).ok().and_then(|i| Kind::ALL.get(i)).map_or(Kind::Other, |row| row.0)
     }
 }

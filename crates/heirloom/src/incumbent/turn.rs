@@ -18,7 +18,7 @@ use crate::control::request::{FailureCode, ManifestSummary, NoRequests, Reply};
 use crate::crash::{self, Point};
 use crate::item::{CONTROL_NAME, Entry, ItemId};
 use crate::kind::Kind;
-use crate::manifest::{Base, Delta, Encoded, ManifestError, ServiceRecord, Written, seal};
+use crate::manifest::{Base, Delta, Encoded, Listing, ManifestError, ServiceRecord, Written, seal};
 use crate::protocol::Reason;
 use crate::transport::socket::takeover::{Offered, Want};
 
@@ -171,7 +171,7 @@ impl<A> Offer<'_, A> {
         match &self.audience {
             Audience::Successor => {
                 let encoded = base.encode(&incumbent.config.limits);
-                incumbent.offer(encoded, base.items.iter().map(|entry| entry.id).collect(), || base)
+                incumbent.offer(encoded, base.items.iter().map(|entry| entry.id).collect())
             }
             Audience::Preflight => incumbent.check(base),
             Audience::Inspectors(who) => incumbent.show_manifest(who, &base),
@@ -188,22 +188,11 @@ impl<A> Offer<'_, A> {
             return self.begin(bundle.base(ServiceRecord::default()));
         }
         let Some(incumbent) = self.incumbent.take() else { return Ok(()) };
-        let (control, service) = (control_entry(), incumbent.record.clone());
-        let entries = bundle.entries().filter(|entry| entry.id != ItemId::CONTROL);
-        let written = Written {
-            service: &service,
-            state: bundle.encoded_state(),
-            items: iter::once(&control).chain(entries).collect(),
-            next_id: bundle.next_id().0,
-            sections: &[],
-        };
+        let control = control_entry();
+        let written = written(&incumbent.record, &control, bundle);
         let encoded = written.encode(&incumbent.config.limits);
         let ids = written.items.iter().map(|entry| entry.id).collect();
-        incumbent.offer(encoded, ids, || {
-            let mut base = bundle.base(service.clone());
-            base.items.insert(0, control.clone());
-            base
-        })
+        incumbent.offer(encoded, ids)
     }
 
     /// Refuses: whoever wanted it is told why.
@@ -233,31 +222,35 @@ impl<A> Drop for Offer<'_, A> {
 }
 
 impl<A> Incumbent<A> {
-    /// Offers what is encoded; `base` is the same, to compare with later.
+    /// Offers what is encoded.
     fn offer(
         &mut self,
         encoded: Result<Encoded, ManifestError>,
         ids: Vec<ItemId>,
-        base: impl FnOnce() -> Base,
     ) -> Result<(), HandoverError> {
         let now = Instant::now();
         let Some(takeover) = &mut self.takeover else { return Ok(()) };
         let result = encoded.map_err(HandoverError::from).and_then(|encoded| {
             takeover.bytes += encoded.bytes.len() as u64;
             let memfd = seal("base", &encoded.bytes)?;
-            takeover.offered = Some(Offered { base: Base::default(), crc: encoded.crc, memfd });
+            takeover.offered = Some(Offered { listing: Listing::default(), memfd });
             takeover.machine.offered(now, ids);
-            Ok(())
+            Ok(encoded.bytes)
         });
-        if let Err(error) = &result {
-            takeover.machine.abort(format_args!("the incumbent cannot write its manifest: {error}"));
-        }
         self.run_takeover(now);
         // The successor reads meanwhile.
-        if let Some(offered) = self.takeover.as_mut().and_then(|takeover| takeover.offered.as_mut()) {
-            offered.base = base();
+        let listing = result.and_then(|bytes| Ok(Listing::read(bytes, &self.config.limits)?));
+        let Some(takeover) = &mut self.takeover else { return listing.map(drop) };
+        match (listing, &mut takeover.offered) {
+            (Ok(listing), Some(offered)) => offered.listing = listing,
+            (Ok(_), None) => {}
+            (Err(error), _) => {
+                takeover.machine.abort(format_args!("the incumbent cannot write its manifest: {error}"));
+                self.run_takeover(now);
+                return Err(error);
+            }
         }
-        result
+        Ok(())
     }
 
     fn show_manifest(&mut self, who: &[ConnectionId], base: &Base) -> Result<(), HandoverError> {
@@ -352,16 +345,12 @@ pub struct Freeze<'i, A> {
 }
 
 impl<A> Freeze<'_, A> {
-    /// The manifest that was offered, to compare with.
-    pub fn base(&self) -> Option<&Base> {
-        self.offered().map(|(base, _)| base)
-    }
-
-    fn offered(&self) -> Option<(&Base, u32)> {
+    /// What was offered, to compare with.
+    fn offered(&self) -> Option<&Listing> {
         let incumbent = self.incumbent.as_ref()?;
         let in_place = incumbent.frozen_in_place();
         let offered = in_place.or_else(|| incumbent.takeover.as_ref()?.offered.as_ref())?;
-        Some((&offered.base, offered.crc))
+        Some(&offered.listing)
     }
 
     /// Releases everything: sends what has changed since the offer, lends the descriptors of added items (of all items,
@@ -406,10 +395,15 @@ impl<A> Freeze<'_, A> {
         descriptor: impl FnMut(ItemId) -> Option<BorrowedFd<'d>>,
     ) -> Result<Outcome, HandoverError> {
         now.items.insert(0, control_entry());
-        let delta = match self.offered() {
-            Some((base, crc)) => Delta::between(base, crc, &now),
-            None => Ok(Delta::default()),
-        };
+        self.release_written(&now.written(), descriptor)
+    }
+
+    fn release_written<'d>(
+        self,
+        now: &Written<'_>,
+        descriptor: impl FnMut(ItemId) -> Option<BorrowedFd<'d>>,
+    ) -> Result<Outcome, HandoverError> {
+        let delta = self.offered().map_or_else(|| Ok(Delta::default()), |base| Delta::since(base, now));
         match delta {
             Ok(delta) => self.release(delta, descriptor),
             Err(error) => {
@@ -425,7 +419,8 @@ impl<A> Freeze<'_, A> {
     ///
     /// See [`Freeze::release`].
     pub fn release_bundle(self, bundle: &Bundle) -> Result<Outcome, HandoverError> {
-        self.release_all(bundle.base(ServiceRecord::default()), |id| bundle.descriptor(id))
+        let (service, control) = (ServiceRecord::default(), control_entry());
+        self.release_written(&written(&service, &control, bundle), |id| bundle.descriptor(id))
     }
 
     /// Does not hand over; the successor is told why. Serve on.
@@ -451,10 +446,10 @@ impl<A> Drop for Freeze<'_, A> {
 
 impl<A> Incumbent<A> {
     /// Fills in what the application does not know of.
-    pub(super) fn complete(&self, mut delta: Delta, offered: usize, crc: u32, frozen_at_ns: u64) -> Delta {
-        delta.base_crc = crc;
+    pub(super) fn complete(&self, mut delta: Delta, offered: &Listing, frozen_at_ns: u64) -> Delta {
+        delta.base_crc = offered.crc();
         // If the application ends more than there was, the successor finds out and refuses.
-        let count = (offered + delta.added.len()).saturating_sub(delta.ended.len());
+        let count = (offered.len() + delta.added.len()).saturating_sub(delta.ended.len());
         delta.count = count as u64;
         delta.counters = self.record.counters.clone();
         delta.frozen_at_ns = frozen_at_ns;
@@ -465,7 +460,7 @@ impl<A> Incumbent<A> {
         let Some(takeover) = &self.takeover else { return Ok(()) };
         let Some(offered) = &takeover.offered else { return Ok(()) };
         let frozen_at_ns = takeover.frozen_at_ns.unwrap_or_else(clock::monotonic_ns);
-        let delta = self.complete(delta, offered.base.items.len(), offered.crc, frozen_at_ns);
+        let delta = self.complete(delta, &offered.listing, frozen_at_ns);
         let Some(takeover) = &mut self.takeover else { return Ok(()) };
         let late = delta.added.iter().map(|entry| entry.id).collect();
         let encoded = delta.encode(&self.config.limits)?;
@@ -504,6 +499,18 @@ impl<A> Incumbent<A> {
                 return Err(error);
             }
         }
+    }
+}
+
+/// A bundle as it is written in a manifest, without a copy of it.
+fn written<'a>(service: &'a ServiceRecord, control: &'a Entry, bundle: &'a Bundle) -> Written<'a> {
+    let entries = bundle.entries().filter(|entry| entry.id != ItemId::CONTROL);
+    Written {
+        service,
+        state: bundle.encoded_state(),
+        items: iter::once(control).chain(entries).collect(),
+        next_id: bundle.next_id().0,
+        sections: &[],
     }
 }
 

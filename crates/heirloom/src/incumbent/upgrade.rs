@@ -18,7 +18,7 @@ use crate::control::request::{Failure, FailureCode, Reply};
 use crate::control::status::LastTakeover;
 use crate::crash::{self, Point};
 use crate::item::ItemId;
-use crate::manifest::{Base, Delta, seal};
+use crate::manifest::{Base, Delta, Listing, seal};
 use crate::peer::Peer;
 use crate::protocol::{Cause, Reason, Step};
 use crate::transport::exec;
@@ -160,9 +160,11 @@ impl<A> Incumbent<A> {
         let limits = &self.config.limits;
         base.sections.push(path_section(self.path()));
         let encoded = base.encode(limits).map_err(HandoverError::from);
-        base.sections.pop();
-        let sealed = encoded.and_then(|encoded| Ok((seal("preflight", &encoded.bytes)?, encoded)));
-        let (memfd, encoded) = match sealed {
+        let sealed = encoded.and_then(|encoded| {
+            let (memfd, bytes) = (seal("preflight", &encoded.bytes)?, encoded.bytes.len() as u64);
+            Ok((Offered { listing: Listing::read(encoded.bytes, limits)?, memfd }, bytes))
+        });
+        let (offered, bytes) = match sealed {
             Ok(sealed) => sealed,
             Err(error) => {
                 self.fail_upgrade(&format!("the incumbent cannot write its manifest: {error}"));
@@ -170,8 +172,8 @@ impl<A> Incumbent<A> {
             }
         };
         let Some(running) = &mut self.upgrade else { return Ok(()) };
-        let started = memfd.try_clone().and_then(|stdin| {
-            let check = Check::start(&running.launch, stdin, encoded.crc, self.config.times.start)?;
+        let started = offered.memfd.try_clone().and_then(|stdin| {
+            let check = Check::start(&running.launch, stdin, offered.listing.crc(), self.config.times.start)?;
             for descriptor in check.descriptors() {
                 epoll::add(&self.epoll, descriptor, epoll::EventData::new_u64(CHECK), epoll::EventFlags::IN)?;
             }
@@ -180,8 +182,7 @@ impl<A> Incumbent<A> {
         match started {
             Ok(check) => {
                 crash::reach(Point::PreflightStarted);
-                let offered = Offered { base, crc: encoded.crc, memfd };
-                running.phase = Phase::Check { check, offered, bytes: encoded.bytes.len() as u64 };
+                running.phase = Phase::Check { check, offered, bytes };
             }
             Err(error) => {
                 let program = running.launch.program.display();
@@ -233,7 +234,7 @@ impl<A> Incumbent<A> {
         };
         if running.dry_run {
             tracing::info!(program, version, "the dry run found that it could take over");
-            let items = offered.base.items.len() as u64;
+            let items = offered.listing.len() as u64;
             let checked = Checked { program, version, in_place: running.launch.in_place, items, bytes };
             self.answer_upgrade(&running, &Reply::Checked(checked));
         } else if running.launch.in_place {
@@ -377,11 +378,17 @@ impl<A> Incumbent<A> {
             return Err(std::io::Error::other("the upgrade is not frozen").into());
         };
         crash::reach(Point::FrozenInPlace);
-        let base = std::mem::take(&mut offered.base);
+        let listing = std::mem::take(&mut offered.listing);
         let (signal_mask, frozen_at_ns, began_at_ns) = (*signal_mask, *frozen_at_ns, running.began_at_ns);
-        let (launch, crc) = (running.launch.clone(), offered.crc);
-        let delta = self.complete(delta, base.items.len(), crc, frozen_at_ns);
-        let base = match base.apply(delta, crc) {
+        let launch = running.launch.clone();
+        let delta = self.complete(delta, &listing, frozen_at_ns);
+        let crc = listing.crc();
+        let base = listing.into_base().and_then(|mut base| {
+            // The section for the preflight alone.
+            base.sections.pop();
+            base.apply(delta, crc)
+        });
+        let base = match base {
             Ok(base) => base,
             Err(error) => {
                 self.fail_upgrade(&format!("the incumbent cannot write its manifest: {error}"));

@@ -6,10 +6,13 @@ use minicbor::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Delta, Encoded, ManifestError, Part, check_entries, check_order, decode_part, encode_part, list,
-    name_within, shortened, state_within, within,
+    Delta, Encoded, Listing, ManifestError, Part, check_entries, check_order, encode_part, name_within,
+    shortened, state_within, within,
 };
 use crate::{Entry, ItemId, Limits};
+
+/// Bytes in an entry beside its name and its state, mostly.
+const ITEM_BYTES: usize = 16;
 
 /// Everything about a service that is handed over, but the descriptors.
 ///
@@ -24,27 +27,21 @@ use crate::{Entry, ItemId, Limits};
 /// assert_eq!(Base::decode(&encoded.bytes, &Limits::default())?, base);
 /// # Ok::<_, heirloom::manifest::ManifestError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Decode)]
-#[cbor(map, context_bound = "AsRef<Limits>")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Base {
     /// Who hands over.
-    #[n(0)]
     pub service: ServiceRecord,
     /// Encoded application state, `None` when the application has none.
-    #[cbor(n(1), with = "minicbor::bytes", default)]
     pub state: Option<Vec<u8>>,
     /// The items, in ascending order of their ids.
-    #[cbor(n(2), decode_with = "list::decode")]
     pub items: Vec<Entry>,
     /// The id that the next new item gets; it travels, so that no id is ever used twice.
-    #[n(3)]
     pub next_id: u64,
     /// What other parts of the program add.
-    #[cbor(n(4), decode_with = "list::decode", default)]
     pub sections: Vec<Section>,
 }
 
-/// A base as it is written down, of parts that lie elsewhere: the keys are those of [`Base`].
+/// A base as it is written down, of parts that lie elsewhere. A [`Listing`] is how it is read.
 #[derive(Debug, Encode)]
 #[cbor(map)]
 pub(crate) struct Written<'a> {
@@ -157,9 +154,7 @@ impl Base {
     /// # Errors
     /// Any [`ManifestError`] about form. Sections are not looked at: see [`check_sections`](Base::check_sections).
     pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Base, ManifestError> {
-        let base: Base = decode_part(Part::Base, bytes, limits)?;
-        base.written().check(limits)?;
-        Ok(base)
+        Listing::read(bytes, limits)?.into_base()
     }
 
     /// Checks that every critical section is among those `understood`.
@@ -221,7 +216,11 @@ impl Base {
         Ok(self)
     }
 
-    fn written(&self) -> Written<'_> {
+    pub(super) fn check(&self, limits: &Limits) -> Result<(), ManifestError> {
+        self.written().check(limits)
+    }
+
+    pub(crate) fn written(&self) -> Written<'_> {
         Written {
             service: &self.service,
             state: self.state.as_deref(),
@@ -236,7 +235,8 @@ impl Written<'_> {
     /// As [`Base::encode`].
     pub(crate) fn encode(&self, limits: &Limits) -> Result<Encoded, ManifestError> {
         self.check(limits)?;
-        encode_part(Part::Base, self, limits)
+        let items: usize = self.items.iter().map(|e| ITEM_BYTES + e.name.len() + e.state.len()).sum();
+        encode_part(Part::Base, self, items + self.state.map_or(0, <[u8]>::len), limits)
     }
 
     fn check(&self, limits: &Limits) -> Result<(), ManifestError> {

@@ -1,15 +1,15 @@
 //! The delta: the part of the manifest that is sent at the freeze.
 
-use std::{cmp::Ordering, collections::BTreeMap};
+use std::collections::BTreeMap;
 
 use minicbor::{Decode, Encode};
 
 use super::{
-    Base, Encoded, ManifestError, Part, Section,
+    Base, Encoded, Listing, ManifestError, Part, Section, Written,
     base::{check_counters, check_critical, check_section_names},
     check_entries, check_order, decode_part, encode_part, list, state_within, within,
 };
-use crate::{Entry, ItemId, Limits};
+use crate::{Entry, ItemId, Limits, item::EntryRef};
 
 /// What has changed since the base was written.
 ///
@@ -92,45 +92,57 @@ impl Delta {
     /// and [`ManifestError::Order`] when one of the two is out of order.
     pub fn between(base: &Base, base_crc: u32, now: &Base) -> Result<Delta, ManifestError> {
         check_order("items", base.items.iter().map(|e| e.id))?;
+        let state = base.state.as_deref();
+        let items = base.items.iter().map(|entry| Ok(entry.as_ref()));
+        Delta::from_lists(state, &base.sections, items, base_crc, &now.written())
+    }
+
+    /// What leads from what was listed to `now`; otherwise as [`Delta::between`].
+    pub(crate) fn since(base: &Listing, now: &Written<'_>) -> Result<Delta, ManifestError> {
+        let rest = base.rest();
+        Delta::from_lists(rest.state.as_deref(), &rest.sections, base.entries(), base.crc(), now)
+    }
+
+    fn from_lists<'b>(
+        state: Option<&[u8]>,
+        sections: &[Section],
+        before: impl Iterator<Item = Result<EntryRef<'b>, ManifestError>>,
+        base_crc: u32,
+        now: &Written<'_>,
+    ) -> Result<Delta, ManifestError> {
         check_order("items", now.items.iter().map(|e| e.id))?;
-        if base.state.is_some() && now.state.is_none() {
+        if state.is_some() && now.state.is_none() {
             return Err(ManifestError::StateRemoved);
         }
 
         let mut delta = Delta {
             base_crc,
-            state: now.state.clone().filter(|_| now.state != base.state),
+            state: now.state.filter(|_| now.state != state).map(<[u8]>::to_vec),
             count: now.items.len() as u64,
             counters: now.service.counters.clone(),
             next_id: now.next_id,
-            sections: now.sections.iter().filter(|s| !base.sections.contains(s)).cloned().collect(),
+            sections: now.sections.iter().filter(|s| !sections.contains(s)).cloned().collect(),
             ..Delta::default()
         };
-        let (mut before, mut after) = (base.items.iter().peekable(), now.items.iter().peekable());
-        loop {
-            match (before.peek(), after.peek()) {
-                (None, None) => return Ok(delta),
-                (Some(_), None) => delta.ended.extend(before.by_ref().map(|e| e.id)),
-                (None, Some(_)) => delta.added.extend(after.by_ref().cloned()),
-                (Some(was), Some(is)) => match was.id.cmp(&is.id) {
-                    Ordering::Less => delta.ended.extend(before.next().map(|e| e.id)),
-                    Ordering::Greater => delta.added.extend(after.next().cloned()),
-                    Ordering::Equal => {
-                        if (&was.name, was.kind) != (&is.name, is.kind) {
-                            return Err(ManifestError::ItemChanged {
-                                was: was.to_string(),
-                                now: is.to_string(),
-                            });
-                        }
-                        if was.state != is.state {
-                            delta.changed.push(Change { id: is.id, state: is.state.clone() });
-                        }
-                        before.next();
-                        after.next();
-                    }
-                },
+        let mut after = now.items.iter().peekable();
+        for was in before {
+            let was = was?;
+            while let Some(new) = after.next_if(|entry| entry.id < was.id) {
+                delta.added.push((*new).clone());
+            }
+            match after.next_if(|entry| entry.id == was.id) {
+                None => delta.ended.push(was.id),
+                Some(is) if (was.name, was.kind) != (&is.name, is.kind) => {
+                    return Err(ManifestError::ItemChanged { was: was.to_string(), now: is.to_string() });
+                }
+                Some(is) if was.state != is.state => {
+                    delta.changed.push(Change { id: is.id, state: is.state.clone() });
+                }
+                Some(_) => {}
             }
         }
+        delta.added.extend(after.map(|entry| (*entry).clone()));
+        Ok(delta)
     }
 
     /// Writes the delta down.
@@ -139,7 +151,7 @@ impl Delta {
     /// As [`Base::encode`].
     pub fn encode(&self, limits: &Limits) -> Result<Encoded, ManifestError> {
         self.check(limits)?;
-        encode_part(Part::Delta, self, limits)
+        encode_part(Part::Delta, self, 0, limits)
     }
 
     /// Reads a delta.

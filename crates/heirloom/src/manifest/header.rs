@@ -112,9 +112,14 @@ impl Header {
     }
 }
 
-/// Puts a header in front of the body that `write` appends.
-pub(super) fn frame<E>(part: Part, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<Encoded, E> {
-    let mut bytes = vec![0; HEADER_BYTES];
+/// Puts a header in front of the body that `write` appends, for which there is room if it has about so many bytes.
+pub(super) fn frame<E>(
+    part: Part,
+    about: usize,
+    write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+) -> Result<Encoded, E> {
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + about);
+    bytes.resize(HEADER_BYTES, 0);
     write(&mut bytes)?;
     let body = &bytes[HEADER_BYTES..];
     let crc = crc32fast::hash(body);
@@ -150,7 +155,7 @@ mod tests {
     use super::*;
 
     fn framed() -> Encoded {
-        frame(Part::Delta, |out| {
+        frame(Part::Delta, 0, |out| {
             out.extend(b"body");
             Ok::<_, Infallible>(())
         })

@@ -15,20 +15,22 @@
 mod base;
 mod delta;
 mod header;
+mod listing;
 mod sealed;
+mod short_form;
 
 use std::{borrow::Borrow, convert::Infallible, io};
 
 use minicbor::{Decode, Decoder, Encode};
 
-pub(crate) use self::base::Written;
+pub(crate) use self::{base::Written, listing::Listing};
 pub use self::{
     base::{Base, Section, ServiceRecord},
     delta::{Change, Delta},
     header::{Encoded, FORMAT_VERSION, HEADER_BYTES, Header, OLDEST_FORMAT_VERSION, Part},
     sealed::{read_sealed, seal},
 };
-use crate::{Entry, ItemId, Limits};
+use crate::{Entry, ItemId, Limits, item::EntryRef};
 
 /// Why a manifest could not be written, read or applied.
 ///
@@ -198,20 +200,16 @@ pub enum ManifestError {
     Io(#[from] io::Error),
 }
 
-/// A list grew past [`Limits::items`] while it was decoded.
-#[derive(Debug, Clone, Copy, thiserror::Error)]
-#[error("a list has more than {limit} entries")]
-struct ListTooLong {
-    limit: usize,
-}
-
 /// Decodes a list, and gives up as soon as it is longer than the limit: an entry is larger in memory than its
 /// shortest form on the wire.
 mod list {
     use minicbor::{Decode, Decoder, decode::Error};
 
-    use super::ListTooLong;
+    use super::within;
     use crate::Limits;
+
+    /// Bytes in the shortest element of any list: a map with one number.
+    const SHORTEST: usize = 3;
 
     pub(super) fn decode<'b, C, T>(d: &mut Decoder<'b>, ctx: &mut C) -> Result<Vec<T>, Error>
     where
@@ -219,24 +217,26 @@ mod list {
         T: Decode<'b, C>,
     {
         let limit = ctx.as_ref().items;
-        let mut list = Vec::new();
-        for element in d.array_iter_with(ctx)? {
-            if list.len() == limit {
-                return Err(Error::custom(ListTooLong { limit }));
-            }
+        let left = d.input().len() - d.position();
+        let elements = d.array_iter_with(ctx)?;
+        // No more room than the bytes that are there can fill, whatever the list announces.
+        let mut list = Vec::with_capacity(elements.size_hint().0.min(limit).min(left / SHORTEST));
+        for element in elements {
+            let of = || "the length of a list in the manifest".into();
+            within(of, "items", list.len().saturating_add(1), limit).map_err(Error::custom)?;
             list.push(element?);
         }
         Ok(list)
     }
 }
 
-/// Encodes and frames one part; the caller has checked what is in it.
-fn encode_part<T>(part: Part, value: &T, limits: &Limits) -> Result<Encoded, ManifestError>
+/// Encodes and frames one part, of about so many bytes; the caller has checked what is in it.
+fn encode_part<T>(part: Part, value: &T, about: usize, limits: &Limits) -> Result<Encoded, ManifestError>
 where
     T: for<'l> Encode<&'l Limits>,
 {
     let mut context = limits;
-    let encoded = header::frame(part, |out| minicbor::encode_with(value, out, &mut context))
+    let encoded = header::frame(part, about, |out| minicbor::encode_with(value, out, &mut context))
         .map_err(ManifestError::Encode)?;
     within(|| format!("the {part}"), "manifest_bytes", encoded.bytes.len(), limits.manifest_bytes)?;
     Ok(encoded)
@@ -258,16 +258,14 @@ where
     }
 }
 
+/// What a decoder's error is: a limit, if it was one that ended it.
 fn malformed(error: minicbor::decode::Error) -> ManifestError {
     let source = std::error::Error::source(&error);
-    match source.and_then(|s| s.downcast_ref::<ListTooLong>()) {
-        Some(&ListTooLong { limit }) => ManifestError::Limit {
-            of: "the length of a list in the manifest".into(),
-            limit_name: "items",
-            found: limit.saturating_add(1),
-            limit,
-        },
-        None => ManifestError::Malformed(error),
+    match source.and_then(|s| s.downcast_ref::<ManifestError>()) {
+        Some(&ManifestError::Limit { ref of, limit_name, found, limit }) => {
+            ManifestError::Limit { of: of.clone(), limit_name, found, limit }
+        }
+        _ => ManifestError::Malformed(error),
     }
 }
 
@@ -299,18 +297,26 @@ fn check_entries(
 ) -> Result<(), ManifestError> {
     within(|| format!("the number of {list}"), "items", entries.len(), limits.items)?;
     let entries = entries.iter().map(Borrow::borrow);
-    check_order(list, entries.clone().map(|e| e.id))?;
-    for entry in entries.clone() {
-        name_within("item name", &entry.name, limits)?;
-        within(
-            || format!("the state of item {entry}"),
-            "item_state_bytes",
-            entry.state.len(),
-            limits.item_state_bytes,
-        )?;
-    }
-    match entries.last() {
-        Some(last) if last.id.0 >= next_id => Err(ManifestError::NotGivenOut { id: last.id, next_id }),
+    check_ids(list, entries.clone().map(|e| e.id), next_id)?;
+    entries.clone().try_for_each(|e| check_entry(e.as_ref(), limits))
+}
+
+/// Checks an entry by itself.
+fn check_entry(entry: EntryRef<'_>, limits: &Limits) -> Result<(), ManifestError> {
+    name_within("item name", entry.name, limits)?;
+    let of = || format!("the state of item {entry}");
+    within(of, "item_state_bytes", entry.state.len(), limits.item_state_bytes)
+}
+
+/// Checks that ids ascend, and that the counter is past them.
+fn check_ids(
+    list: &'static str,
+    ids: impl DoubleEndedIterator<Item = ItemId> + Clone,
+    next_id: u64,
+) -> Result<(), ManifestError> {
+    check_order(list, ids.clone())?;
+    match ids.last() {
+        Some(id) if id.0 >= next_id => Err(ManifestError::NotGivenOut { id, next_id }),
         _ => Ok(()),
     }
 }

@@ -6,21 +6,25 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::bundle::{Bundle, BundleError, checked_kind};
 use crate::item::{Entry, Item, ItemId};
-use crate::manifest::Base;
+use crate::kind::Kind;
+use crate::manifest::Listing;
 
 #[derive(Debug)]
 pub(crate) struct Arriving {
-    base: Base,
+    listing: Listing,
     /// One place for each entry.
     descriptors: Vec<Option<OwnedFd>>,
     /// The place of the next, if they come in the order of the manifest.
     next: usize,
+    /// The entry that is lent.
+    entry: Entry,
 }
 
 impl Arriving {
-    pub(crate) fn new(base: Base) -> Self {
-        let descriptors = base.items.iter().map(|_| None).collect();
-        Arriving { base, descriptors, next: 0 }
+    pub(crate) fn new(listing: Listing) -> Self {
+        let descriptors = (0..listing.len()).map(|_| None).collect();
+        let entry = Entry { id: ItemId::CONTROL, name: String::new(), kind: Kind::Other, state: Vec::new() };
+        Arriving { listing, descriptors, next: 0, entry }
     }
 
     /// Lends a descriptor, unless it is the control listener, and keeps it.
@@ -32,13 +36,15 @@ impl Arriving {
     ) -> Result<(), String> {
         let place = self.place(id).ok_or_else(|| BundleError::NotListed { id }.to_string())?;
         self.next = place + 1;
-        let entry = &self.base.items[place];
-        if id != ItemId::CONTROL
-            && let Err(error) = each(entry, descriptor.as_fd())
-        {
-            // It may not be what it is said to be, which would be the reason.
-            checked_kind(entry, &descriptor).map_err(|error| error.to_string())?;
-            return Err(format!("cannot prepare for {entry}: {error}"));
+        if id != ItemId::CONTROL {
+            let entry = self.listing.entry(place).map_err(|error| error.to_string())?;
+            entry.write_over(&mut self.entry);
+            let entry = &self.entry;
+            if let Err(error) = each(entry, descriptor.as_fd()) {
+                // It may not be what it is said to be, which would be the reason.
+                checked_kind(entry, &descriptor).map_err(|error| error.to_string())?;
+                return Err(format!("cannot prepare for {entry}: {error}"));
+            }
         }
         match self.descriptors[place].replace(descriptor) {
             None => Ok(()),
@@ -47,17 +53,14 @@ impl Arriving {
     }
 
     fn place(&self, id: ItemId) -> Option<usize> {
-        match self.base.items.get(self.next) {
-            Some(entry) if entry.id == id => Some(self.next),
-            _ => self.base.items.binary_search_by_key(&id, |entry| entry.id).ok(),
-        }
+        if self.listing.id(self.next) == Some(id) { Some(self.next) } else { self.listing.find(id) }
     }
 
     /// The bundle of what has come and was checked, and the entries of what has not.
-    pub(crate) fn finish(mut self) -> Result<(Bundle, Vec<Entry>), BundleError> {
-        let entries = std::mem::take(&mut self.base.items);
-        let (mut items, mut missing) = (Vec::with_capacity(entries.len()), Vec::new());
-        for (mut entry, descriptor) in entries.into_iter().zip(self.descriptors) {
+    pub(crate) fn finish(self) -> Result<(Bundle, Vec<Entry>), BundleError> {
+        let (mut items, mut missing) = (Vec::with_capacity(self.listing.len()), Vec::new());
+        for (place, descriptor) in self.descriptors.into_iter().enumerate() {
+            let mut entry = self.listing.entry(place)?.to_entry();
             match descriptor {
                 Some(descriptor) => {
                     entry.kind = checked_kind(&entry, &descriptor)?;
@@ -66,6 +69,6 @@ impl Arriving {
                 None => missing.push(entry),
             }
         }
-        Ok((Bundle::of_items(self.base, items.into_iter().collect()), missing))
+        Ok((Bundle::of_items(self.listing.into_rest(), items.into_iter().collect()), missing))
     }
 }

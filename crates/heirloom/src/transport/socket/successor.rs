@@ -28,7 +28,7 @@ use crate::crash::{self, Point};
 use crate::incumbent::{Incumbent, Standby};
 use crate::item::{Entry, ItemId};
 use crate::lock::{Holding, LockFile};
-use crate::manifest::{Base, Delta, Header, read_sealed};
+use crate::manifest::{Delta, Listing, read_sealed};
 use crate::peer::Peer;
 use crate::protocol::{
     self, Cause, Reason, Step, SuccessorAction, SuccessorOutcome, ToIncumbent, ToSuccessor, WINDOW,
@@ -150,7 +150,6 @@ impl Successor {
                 lock: Holding::Free(lock),
                 path: path.into(),
                 service,
-                config,
                 arriving: None,
                 base_crc: 0,
                 delta: None,
@@ -160,6 +159,7 @@ impl Successor {
                 missing: Vec::new(),
                 bundle: Bundle::new(),
                 standby: None,
+                config,
                 credits: 0,
                 bytes: 0,
                 items: 0,
@@ -464,10 +464,10 @@ impl Takeover {
         match message {
             ToSuccessor::Offer => {
                 let bytes = self.read(descriptors.pop(), "the base manifest")?;
-                let base = Base::decode(&bytes, &self.config.limits).map_err(|e| e.to_string())?;
-                base.check_sections(&[]).map_err(|e| e.to_string())?;
-                self.arriving = Some(Arriving::new(base));
-                self.base_crc = Header::read(&bytes).map_err(|e| e.to_string())?.crc;
+                let listing = Listing::read(bytes, &self.config.limits).map_err(|e| e.to_string())?;
+                listing.rest().check_sections(&[]).map_err(|e| e.to_string())?;
+                self.base_crc = listing.crc();
+                self.arriving = Some(Arriving::new(listing));
             }
             ToSuccessor::Batch { ids } => {
                 self.items += ids.len() as u64;

@@ -8,7 +8,7 @@ use crate::clock;
 use crate::control::request::Hello;
 use crate::crash::{self, Point};
 use crate::item::ItemId;
-use crate::manifest::Base;
+use crate::manifest::Listing;
 use crate::peer::Peer;
 use crate::protocol::{self, IncumbentAction, ToIncumbent, ToSuccessor};
 
@@ -38,8 +38,7 @@ pub(crate) struct Takeover {
 
 /// The base manifest as it was sent.
 pub(crate) struct Offered {
-    pub(crate) base: Base,
-    pub(crate) crc: u32,
+    pub(crate) listing: Listing,
     pub(crate) memfd: OwnedFd,
 }
 
