@@ -33,6 +33,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bundle;
+mod busy_poll;
 pub mod channel;
 mod clock;
 pub mod codec;

@@ -50,7 +50,8 @@ impl<A> Incumbent<A> {
                     connection.send(welcome.to_line(), vec![other]);
                 }
                 let machine = protocol::Incumbent::new(now, self.config.times).fencing(self.config.fencing);
-                self.takeover = Some(Box::new(Takeover::new(machine, channel, peer, hello)));
+                self.takeover =
+                    Some(Box::new(Takeover::new(machine, channel, peer, hello, self.config.times.look)));
             }
             Err(refusal) => {
                 tracing::warn!(pid = hello.pid, reason = refusal.message, "takeover refused");

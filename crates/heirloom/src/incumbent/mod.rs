@@ -24,7 +24,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll;
+use rustix::event::{Timespec, epoll};
 
 use crate::clock;
 use crate::config::Config;
@@ -226,7 +226,19 @@ impl<A> Incumbent<A> {
         };
         let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
         let mut events = Vec::with_capacity(64);
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+        let mut wait = |timeout: Option<&Timespec>| {
+            epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout)
+        };
+        let found = match &mut self.takeover {
+            Some(takeover) if now.is_none() => {
+                takeover.busy_poll.wait(|| match wait(Some(&Timespec::default())) {
+                    Ok(0) => None,
+                    found => Some(found),
+                })
+            }
+            _ => None,
+        };
+        match found.unwrap_or_else(|| wait(timeout.as_ref())) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(true),
             Err(error) => return Err(error.into()),

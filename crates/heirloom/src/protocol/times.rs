@@ -36,6 +36,10 @@ pub struct Times {
     /// From the start of a program that an upgrade starts to its answer to the preflight, and to its request for a
     /// takeover. 10 s each.
     pub start: Duration,
+    /// How long each side looks for the other's answer before it sleeps, once everything is frozen, on a machine that has a
+    /// processor to spare: one that sleeps takes longer to wake up than a pause would otherwise last. Zero: not at all.
+    /// 200 µs.
+    pub look: Duration,
     /// The pause between two attempts at a lock that is held: flock(2) has no time limit of its own. 2 ms.
     pub retry: Duration,
 }
@@ -51,6 +55,7 @@ impl Default for Times {
             fence: Duration::from_secs(1),
             relock: Duration::from_secs(1),
             start: Duration::from_secs(10),
+            look: Duration::from_micros(200),
             retry: Duration::from_millis(2),
         }
     }

@@ -13,11 +13,12 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::de::DeserializeOwned;
 
 use super::arriving::Arriving;
 use crate::bundle::{Bundle, BundleError};
+use crate::busy_poll::BusyPoll;
 use crate::channel::{Channel, Incoming, SendError};
 use crate::clock;
 use crate::config::Config;
@@ -112,6 +113,7 @@ struct Takeover {
     bundle: Bundle,
     /// From `Ready` on.
     standby: Option<Standby>,
+    busy_poll: BusyPoll,
     /// Withheld while there is more to receive.
     credits: u32,
     bytes: u64,
@@ -159,6 +161,7 @@ impl Successor {
                 missing: Vec::new(),
                 bundle: Bundle::new(),
                 standby: None,
+                busy_poll: BusyPoll::new(config.times.look),
                 config,
                 credits: 0,
                 bytes: 0,
@@ -404,7 +407,11 @@ impl Takeover {
         if let Some(pidfd) = &watched {
             fds.push(PollFd::new(pidfd, PollFlags::IN));
         }
-        match poll(&mut fds, timeout.as_ref()) {
+        let found = self.busy_poll.wait(|| match poll(&mut fds, Some(&Timespec::default())) {
+            Ok(0) => None,
+            found => Some(found),
+        });
+        match found.unwrap_or_else(|| poll(&mut fds, timeout.as_ref())) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -528,6 +535,7 @@ impl Takeover {
         let listener = self.bundle.descriptor(ItemId::CONTROL);
         let listener = listener.ok_or_else(|| io::Error::other("the control listener did not come"))?;
         self.standby = Some(Standby::new(listener, &self.path, self.service.clone(), self.config.clone())?);
+        self.busy_poll.check_load();
         Ok(())
     }
 

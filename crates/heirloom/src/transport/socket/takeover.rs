@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use crate::busy_poll::BusyPoll;
 use crate::channel::{Channel, Incoming, SendError};
 use crate::clock;
 use crate::control::request::Hello;
@@ -23,6 +24,8 @@ pub(crate) struct Takeover {
     pub(crate) started: Instant,
     pub(crate) offered: Option<Offered>,
     pub(crate) frozen_at_ns: Option<u64>,
+    /// For the freeze.
+    pub(crate) busy_poll: BusyPoll,
     /// The sealed delta, from the freeze until it is sent.
     pub(crate) delta: Option<OwnedFd>,
     pub(crate) items: u64,
@@ -58,7 +61,13 @@ pub(crate) enum Task {
 }
 
 impl Takeover {
-    pub(crate) fn new(machine: protocol::Incumbent, channel: Channel, successor: Peer, hello: Hello) -> Self {
+    pub(crate) fn new(
+        machine: protocol::Incumbent,
+        channel: Channel,
+        successor: Peer,
+        hello: Hello,
+        look: Duration,
+    ) -> Self {
         Takeover {
             machine,
             channel,
@@ -67,6 +76,7 @@ impl Takeover {
             started: Instant::now(),
             offered: None,
             frozen_at_ns: None,
+            busy_poll: BusyPoll::new(look),
             delta: None,
             items: 0,
             bytes: 0,
@@ -197,7 +207,12 @@ impl Takeover {
         };
         let descriptors: Vec<BorrowedFd<'_>> = attached.into_iter().collect();
         match self.channel.send(&message.to_packet(), &descriptors) {
-            Ok(()) => sent(&message),
+            Ok(()) => {
+                sent(&message);
+                if matches!(message, ToSuccessor::Offered) {
+                    self.busy_poll.check_load();
+                }
+            }
             Err(error @ (SendError::Full | SendError::InFlight { .. })) => {
                 // Behind an Abort that does not fit nothing may happen: a successor that does not read is ended.
                 if matches!(message, ToSuccessor::Abort { .. }) {
