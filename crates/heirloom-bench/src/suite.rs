@@ -1,10 +1,9 @@
 //! The suites: what is measured, with how many connections, and how often.
 
-use std::path::Path;
-
 use anyhow::bail;
 use clap::ValueEnum;
 use heirloom::descriptors;
+use tempfile::TempDir;
 
 use crate::chain::{Chain, Round};
 use crate::figure::{Measured, Unit};
@@ -14,6 +13,9 @@ use crate::way::Way;
 const CONNECTIONS: [usize; 5] = [1, 100, 1000, 5000, 15_000];
 /// The state of an item: none, and some that does not change between offer and freeze.
 const STATES: [(usize, &str); 2] = [(0, "idle"), (100, "100 B each")];
+/// How many pairs of chains share the rounds. Where the kernel happened to put the connections of a chain makes several per
+/// cent, for as long as the chain lives.
+const PAIRS: usize = 4;
 /// With fewer connections none are sampled.
 const FEWEST_SAMPLED: usize = 100;
 
@@ -30,6 +32,7 @@ pub(crate) enum Suite {
 
 /// How often things are done.
 struct Repeat {
+    /// Of each pair.
     rounds: usize,
     others: usize,
     sampled: usize,
@@ -44,9 +47,9 @@ pub(crate) fn measure(
     mut report: impl FnMut(Vec<Measured>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let (usual, repeat) = if quick {
-        (&CONNECTIONS[..2], Repeat { rounds: 5, others: 3, sampled: 2 })
+        (&CONNECTIONS[..2], Repeat { rounds: 2, others: 3, sampled: 2 })
     } else {
-        (&CONNECTIONS[..], Repeat { rounds: 60, others: 10, sampled: 10 })
+        (&CONNECTIONS[..], Repeat { rounds: 15, others: 10, sampled: 10 })
     };
     let counts = if counts.is_empty() { usual } else { counts };
     let needed = counts.iter().copied().max().unwrap_or(0) as u64 + 64;
@@ -59,16 +62,21 @@ pub(crate) fn measure(
     for &count in counts {
         for (state_bytes, state) in STATES {
             let case = format!("{count} connection{}, {state}", if count == 1 { "" } else { "s" });
-            let directory = tempfile::tempdir()?;
-            let mut pair = Pair::begin(directory.path(), count, state_bytes)?;
-            let rounds = pair.rounds(repeat.rounds)?;
+            let mut rounds = Vec::new();
+            let mut pair = Pair::begin(count, state_bytes)?;
+            for _ in 1..PAIRS {
+                rounds.extend(pair.rounds(repeat.rounds)?);
+                drop(pair);
+                pair = Pair::begin(count, state_bytes)?;
+            }
+            rounds.extend(pair.rounds(repeat.rounds)?);
             if suites.contains(&Suite::Transfer) {
                 report(vec![
                     transfer(&case, count as u64, &rounds, |round| round.transfer),
                     transfer(&format!("{case}: until checked"), count as u64, &rounds, |round| round.ready),
                 ])?;
                 if state_bytes == 0 {
-                    report(others(directory.path(), count, &mut pair, repeat.others)?)?;
+                    report(others(count, &mut pair, repeat.others)?)?;
                 }
             }
             if suites.contains(&Suite::Pause) {
@@ -86,18 +94,31 @@ pub(crate) fn measure(
 struct Pair {
     library: Chain,
     floor: Chain,
+    directory: TempDir,
 }
 
 impl Pair {
-    fn begin(directory: &Path, count: usize, state_bytes: usize) -> anyhow::Result<Pair> {
+    fn begin(count: usize, state_bytes: usize) -> anyhow::Result<Pair> {
+        let directory = tempfile::tempdir()?;
         Ok(Pair {
-            library: Chain::begin(Way::Library, directory, count, state_bytes)?,
-            floor: Chain::begin(Way::Floor, directory, count, state_bytes)?,
+            library: Chain::begin(Way::Library, directory.path(), count, state_bytes)?,
+            floor: Chain::begin(Way::Floor, directory.path(), count, state_bytes)?,
+            directory,
         })
     }
 
     fn rounds(&mut self, rounds: usize) -> anyhow::Result<Vec<(Round, Round)>> {
-        (0..rounds).map(|_| Ok((self.library.next()?, self.floor.next()?))).collect()
+        // Each has its turn at being first.
+        let round = |number: usize| {
+            if number.is_multiple_of(2) {
+                let library = self.library.next()?;
+                Ok((library, self.floor.next()?))
+            } else {
+                let floor = self.floor.next()?;
+                Ok((self.library.next()?, floor))
+            }
+        };
+        (0..rounds).map(round).collect()
     }
 }
 
@@ -123,10 +144,10 @@ fn pause(case: &str, rounds: &[(Round, Round)]) -> Vec<Measured> {
 }
 
 /// The ways of others beside the same floor.
-fn others(directory: &Path, count: usize, pair: &mut Pair, rounds: usize) -> anyhow::Result<Vec<Measured>> {
+fn others(count: usize, pair: &mut Pair, rounds: usize) -> anyhow::Result<Vec<Measured>> {
     let mut all = Vec::new();
     for (way, name) in [(Way::OneAMessage, "one a message"), (Way::OneAConnection, "one a connection")] {
-        let mut chain = Chain::begin(way, directory, count, 0)?;
+        let mut chain = Chain::begin(way, pair.directory.path(), count, 0)?;
         let rounds: Vec<(Round, Round)> =
             (0..rounds).map(|_| Ok((chain.next()?, pair.floor.next()?))).collect::<anyhow::Result<_>>()?;
         let case = format!("{count} connection{}, {name}", if count == 1 { "" } else { "s" });
