@@ -12,6 +12,8 @@
 use std::thread::{available_parallelism, yield_now};
 use std::time::{Duration, Instant};
 
+use rustix::event::Timespec;
+
 /// After giving way for so long somebody else has had the processor.
 const LONG: Duration = Duration::from_micros(100);
 
@@ -37,19 +39,24 @@ impl BusyPoll {
         self.idle = runnable.is_some_and(|runnable| runnable <= processors);
     }
 
-    /// Looks until something is found or it is time to sleep.
-    pub(crate) fn wait<T>(&mut self, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    /// Waits by `wait`, which takes a time limit and says how much was found: looks first, if it may, and then sleeps.
+    pub(crate) fn wait<E>(
+        &mut self,
+        limit: Option<&Timespec>,
+        mut wait: impl FnMut(Option<&Timespec>) -> Result<usize, E>,
+    ) -> Result<usize, E> {
         let began = Instant::now();
         let mut now = began;
         while self.idle && now - began < self.look {
-            if let Some(found) = look() {
-                return Some(found);
+            match wait(Some(&Timespec::default())) {
+                Ok(0) => {}
+                found => return found,
             }
             yield_now();
             let before = std::mem::replace(&mut now, Instant::now());
             self.idle = now - before <= LONG;
         }
-        None
+        wait(limit)
     }
 }
 
@@ -72,38 +79,47 @@ mod tests {
     }
 
     const LONGEST: Duration = Duration::from_secs(3600);
+    const SLEEP: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
+    /// Whether it slept, when the look of this number finds something, or none does.
+    fn sleeps(poll: &mut BusyPoll, finds: usize, look: Duration) -> bool {
+        let (mut looks, mut slept) = (0, false);
+        let found = poll.wait(Some(&SLEEP), |limit| {
+            slept = limit == Some(&SLEEP);
+            std::thread::sleep(look);
+            looks += 1;
+            Ok::<_, ()>(usize::from(slept || looks == finds))
+        });
+        assert_eq!(found, Ok(1));
+        slept
+    }
 
     #[test]
-    fn it_ends_when_something_is_found_or_the_time_is_up() {
-        let mut looks = 0;
-        let mut find_third = || {
-            looks += 1;
-            (looks == 3).then_some(looks)
-        };
-        // On a busy machine giving way may take long, which ends it: then it looks again.
-        while (BusyPoll { look: LONGEST, idle: true }).wait(&mut find_third).is_none() {}
-        assert_eq!(looks, 3);
-
-        let mut brief = BusyPoll { look: Duration::from_nanos(1), idle: true };
-        assert_eq!(brief.wait(|| None::<()>), None);
+    fn it_sleeps_when_nothing_was_found_in_time() {
+        // On a busy machine giving way may take long, which ends the looking: then once more.
+        while sleeps(&mut BusyPoll { look: LONGEST, idle: true }, 3, Duration::ZERO) {}
+        assert!(sleeps(&mut BusyPoll { look: Duration::from_nanos(1), idle: true }, 0, LONG / 2));
     }
 
     #[test]
     fn it_does_not_look_unless_the_machine_was_found_idle() {
-        assert_eq!(BusyPoll::new(LONGEST).wait(|| Some(())), None);
+        assert!(sleeps(&mut BusyPoll::new(LONGEST), 1, Duration::ZERO));
         let mut off = BusyPoll::new(Duration::ZERO);
         off.check_load();
-        assert_eq!(off.wait(|| Some(())), None);
+        assert!(sleeps(&mut off, 1, Duration::ZERO));
     }
 
     #[test]
     fn giving_way_for_long_is_done_once() {
         let mut poll = BusyPoll { look: LONGEST, idle: true };
-        let slow = || {
-            std::thread::sleep(2 * LONG);
-            None::<()>
-        };
-        assert_eq!(poll.wait(slow), None);
+        assert!(sleeps(&mut poll, 0, 2 * LONG));
         assert!(!poll.idle);
+    }
+
+    #[test]
+    fn an_error_is_found_too() {
+        for idle in [true, false] {
+            assert_eq!(BusyPoll { look: LONGEST, idle }.wait(None, |_| Err("no")), Err("no"));
+        }
     }
 }

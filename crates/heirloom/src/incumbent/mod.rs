@@ -229,16 +229,11 @@ impl<A> Incumbent<A> {
         let mut wait = |timeout: Option<&Timespec>| {
             epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout)
         };
-        let found = match &mut self.takeover {
-            Some(takeover) if now.is_none() => {
-                takeover.busy_poll.wait(|| match wait(Some(&Timespec::default())) {
-                    Ok(0) => None,
-                    found => Some(found),
-                })
-            }
-            _ => None,
+        let waited = match &mut self.takeover {
+            Some(takeover) if now.is_none() => takeover.busy_poll.wait(timeout.as_ref(), wait),
+            _ => wait(timeout.as_ref()),
         };
-        match found.unwrap_or_else(|| wait(timeout.as_ref())) {
+        match waited {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(true),
             Err(error) => return Err(error.into()),

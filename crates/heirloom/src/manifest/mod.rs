@@ -208,7 +208,7 @@ mod list {
     use super::within;
     use crate::Limits;
 
-    /// Bytes in the shortest element of any list: a map with one number.
+    /// Bytes in the shortest map that is an element. A list of bare ids may have more elements, and grows.
     const SHORTEST: usize = 3;
 
     pub(super) fn decode<'b, C, T>(d: &mut Decoder<'b>, ctx: &mut C) -> Result<Vec<T>, Error>

@@ -13,7 +13,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use serde::de::DeserializeOwned;
 
 use super::arriving::Arriving;
@@ -407,11 +407,7 @@ impl Takeover {
         if let Some(pidfd) = &watched {
             fds.push(PollFd::new(pidfd, PollFlags::IN));
         }
-        let found = self.busy_poll.wait(|| match poll(&mut fds, Some(&Timespec::default())) {
-            Ok(0) => None,
-            found => Some(found),
-        });
-        match found.unwrap_or_else(|| poll(&mut fds, timeout.as_ref())) {
+        match self.busy_poll.wait(timeout.as_ref(), |timeout| poll(&mut fds, timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
