@@ -268,6 +268,8 @@ fn the_program_stopped_while_it_waits_for_the_lock_ends_when_it_is_continued() {
         };
         stopped += 1;
         successor.signal(Signal::STOP);
+        // On its way to be stopped it would still take the lock, and be ended for it.
+        wait_for("it to be stopped", || proc::is_stopped(successor.id()));
         drop(lock);
         let last = resumed("waiting for the lock", &control, &successor);
         let reason = last.reason.expect("a reason");
