@@ -19,6 +19,6 @@ pub use inherited::adopt;
 pub use kcmp::compare_files;
 pub use mask::SignalMask;
 pub use peer::{Credentials, peer_credentials, peer_pidfd};
-pub use signals::{Signal, SignalFd};
+pub use signals::{Signal, SignalFd, send_signal, send_signal_to_all};
 pub use spawn::{FIRST_PASSED, Spawn, SpawnFailure, SpawnStage, spawn};
 pub use tcp::never_sent;

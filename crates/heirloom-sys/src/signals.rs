@@ -98,6 +98,44 @@ impl AsFd for SignalFd {
     }
 }
 
+/// Sends a signal, whatever its number, to a process (`kill(2)`).
+///
+/// Errors are those of `kill(2)`; `InvalidInput` for what would be more than one process.
+///
+/// ```
+/// assert!(heirloom_sys::send_signal(std::process::id(), 0).is_ok(), "0 only asks whether it is there");
+/// assert!(heirloom_sys::send_signal(0, 0).is_err());
+/// ```
+pub fn send_signal(pid: u32, signal: i32) -> io::Result<()> {
+    match libc::pid_t::try_from(pid) {
+        Ok(pid @ 1..) => kill(pid, signal),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{pid} is no process"))),
+    }
+}
+
+/// Sends a signal to every process that this one sees and may signal, but for itself and PID 1: for the init of a pid
+/// namespace, at its end.
+///
+/// Errors are those of `kill(2)`; `PermissionDenied` for anybody but PID 1.
+///
+/// ```
+/// assert!(heirloom_sys::send_signal_to_all(0).is_err(), "this is not PID 1");
+/// ```
+pub fn send_signal_to_all(signal: i32) -> io::Result<()> {
+    if std::process::id() != 1 {
+        return Err(io::Error::from(io::ErrorKind::PermissionDenied));
+    }
+    kill(-1, signal)
+}
+
+fn kill(pid: libc::pid_t, signal: i32) -> io::Result<()> {
+    // SAFETY: two integers; no memory is touched.
+    match unsafe { libc::kill(pid, signal) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
