@@ -185,6 +185,11 @@ impl Core {
         self.end(Signal::TERM.as_raw(), now);
     }
 
+    /// Whether nothing is left but to wait for the end of all others.
+    pub(super) fn is_sweeping(&self) -> bool {
+        matches!(self.phase, Phase::Sweeping { .. })
+    }
+
     /// Nothing is started any more.
     pub(super) fn finish(&mut self, code: u8, now: Moment) {
         self.withdraw_upgrade("heirloom run ends");
@@ -242,7 +247,7 @@ impl Core {
             Phase::Up => self.start_deadline().into_iter().chain(self.watchdog_deadline()).min(),
         };
         let fetches = self.fetches.values().map(|fetch| fetch.until).chain(self.retry_fetches).min();
-        let upgrade = self.upgrade.as_ref().and_then(|upgrade| upgrade.deadline());
+        let upgrade = self.upgrade_deadline();
         [phase, fetches, upgrade].into_iter().flatten().min()
     }
 

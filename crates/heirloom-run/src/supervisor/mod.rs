@@ -202,6 +202,9 @@ impl Supervisor {
             if control_ready || self.incumbent.deadline().is_some_and(|at| at <= Instant::now()) {
                 self.hear_control();
             }
+            if self.core.is_sweeping() {
+                self.incumbent.withdraw(Instant::now(), "heirloom run ends");
+            }
             self.core.reap_known_only = self.incumbent.takeover_running();
             self.core.catch_up();
             self.core.run_timers(Moment::now());
