@@ -91,7 +91,11 @@ impl Connection {
             match (&self.socket).write_vectored(&outbox.front()) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.blocked = true,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                sent => return sent,
+                sent => {
+                    #[cfg(test)]
+                    super::killed::step();
+                    return sent;
+                }
             }
         }
         Ok(0)

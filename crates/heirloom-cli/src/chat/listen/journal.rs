@@ -85,7 +85,10 @@ impl RoomJournal {
 
     /// Writes down what happens. When this has returned it has happened, whatever becomes of this process.
     pub(super) fn append(&mut self, event: &Event<'_>) -> io::Result<()> {
-        self.write(&Record::Event(event.clone()))
+        self.write(&Record::Event(event.clone()))?;
+        #[cfg(test)]
+        super::killed::appended(event);
+        Ok(())
     }
 
     /// Writes down that another process may serve from now on, and from where.

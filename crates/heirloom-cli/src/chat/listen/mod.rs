@@ -20,6 +20,8 @@ mod house;
 mod ids;
 mod journal;
 mod keeper;
+#[cfg(test)]
+mod killed;
 mod lines;
 mod outbox;
 mod recovery;
