@@ -6,7 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use heirloom::manifest::Base;
 use heirloom::store::{Activated, LEDGER_NAME, Restored, Store, restore};
 use heirloom::{Bundle, CodecError, Incumbent, ItemId, Kind};
@@ -20,6 +20,9 @@ use super::journal::RoomJournal;
 use super::keeper::Keeper;
 use super::recovery::recover;
 use super::switchboard::Switchboard;
+
+/// What it means when nothing is in a store.
+const UNKEPT: &str = "a kill of this process ends all connections";
 
 /// See the [module](self).
 pub(super) struct House {
@@ -40,17 +43,21 @@ impl House {
         addresses: &[SocketAddr],
         backlog: usize,
     ) -> anyhow::Result<(Poll, House)> {
-        let Restored { mut bundle, activated, store } = restore(Some(control), &handover::limits())?;
+        let Restored { mut bundle, activated, mut store } = restore(Some(control), &handover::limits())?;
         let mut ids = Ids::from(bundle.next_id());
         let kept = bundle.take_all::<TcpListener>(LISTENER_NAME).pop();
         let activated = activation(activated);
         // The supervisor's own need not be kept.
         let keeps_listener = activated.is_none();
-        let listener = kept.as_ref().map_or_else(|| ids.take(), |item| Ok(item.id))?;
-        let socket = match (activated, kept) {
-            (Some(activated), _) => activated,
-            (None, Some(item)) => item.descriptor,
-            (None, None) => bind(addresses)?,
+        let (listener, socket) = match (activated, kept) {
+            (Some(activated), kept) => {
+                if let (Some(item), Some(store)) = (kept, &mut store) {
+                    store.remove(item.id)?;
+                }
+                (ids.take()?, activated)
+            }
+            (None, Some(item)) => (item.id, item.descriptor),
+            (None, None) => (ids.take()?, bind(addresses)?),
         };
         socket.set_nonblocking(true)?;
         let poll = Poll::new()?;
@@ -67,12 +74,13 @@ impl House {
             tracing::info!(clients = house.clients(), "going on where the last process was killed");
         }
         if let Some(store) = store {
-            house.keep(store, journal, keeps_listener)?;
+            house.keep(store, journal, keeps_listener);
         }
         Ok((poll, house))
     }
 
-    /// With what was taken over, whatever of it was registered ahead.
+    /// With what was taken over, whatever of it was registered ahead. Without its store, if that fails: everything is this
+    /// process's own by now.
     pub(super) fn resume<A>(
         mut bundle: Bundle,
         incumbent: &Incumbent<A>,
@@ -81,37 +89,53 @@ impl House {
     ) -> anyhow::Result<(Poll, House)> {
         let ids = Ids::from(bundle.next_id());
         let ledger = bundle.take_all::<OwnedFd>(LEDGER_NAME).pop().map(|item| item.descriptor);
+        let had_store = ledger.is_some();
         let journal = bundle.take_all::<OwnedFd>(JOURNAL_NAME).pop();
-        if ledger.is_some() && std::env::var_os(heirloom::notify::NOTIFY_SOCKET).is_none() {
-            tracing::warn!("the incumbent had a store, and there is none here: a kill ends all connections");
+        let store =
+            Store::resume(ledger, Some(incumbent.path()), &handover::limits()).unwrap_or_else(|error| {
+                tracing::error!(%error, "cannot go on with the store");
+                None
+            });
+        if had_store && store.is_none() {
+            tracing::warn!("the incumbent had a store, and there is none here: {UNKEPT}");
         }
-        let store = Store::resume(ledger, Some(incumbent.path()), &handover::limits())?;
-        let (poll, listener, door, mut switchboard) =
+        let (poll, listener, door, switchboard) =
             handover::resume(&mut bundle, incumbent, ahead, backlog, store.is_some())?;
         handover::close_rest(bundle);
-        let id = journal.as_ref().map(|item| item.id);
-        if store.is_some()
-            && let Some(item) = journal
-        {
-            let (journal, _) = RoomJournal::open(item.descriptor).context("the journal cannot be read")?;
-            switchboard.write_down(journal).context("cannot write the journal")?;
-        }
         let mut house = House { listener, door, switchboard, ids, keeper: None };
-        if let Some(store) = store {
-            house.keep(store, id, true)?;
+        if let Some(mut store) = store {
+            let journal = journal.and_then(|item| match house.go_on_in(item.descriptor) {
+                Ok(()) => Some(item.id),
+                Err(error) => {
+                    tracing::error!("cannot go on with the journal, and begins another: {error:#}");
+                    let _ = store.remove(item.id);
+                    None
+                }
+            });
+            house.keep(store, journal, true);
         }
         Ok((poll, house))
     }
 
+    /// Goes on in a journal, the records of which are the incumbent's.
+    fn go_on_in(&mut self, journal: OwnedFd) -> anyhow::Result<()> {
+        let (journal, _) = RoomJournal::open(journal)?;
+        Ok(self.switchboard.write_down(journal)?)
+    }
+
     /// Begins to keep everything in a store that is not in it yet, with a new journal if there is none.
-    fn keep(&mut self, store: Store, journal: Option<ItemId>, with_listener: bool) -> anyhow::Result<()> {
-        if self.switchboard.journal().is_none() {
-            let journal = RoomJournal::create().context("cannot make a journal")?;
-            self.switchboard.write_down(journal).context("cannot write the journal")?;
-        }
+    fn keep(&mut self, store: Store, journal: Option<ItemId>, with_listener: bool) {
+        let begun = match self.switchboard.journal() {
+            Some(_) => Ok(()),
+            None => RoomJournal::create().and_then(|journal| self.switchboard.write_down(journal)),
+        };
         let listener = with_listener.then(|| (self.listener, self.door.descriptor()));
-        self.keeper = Some(Keeper::new(store, &mut self.ids, journal, listener, &self.switchboard)?);
-        Ok(())
+        let kept =
+            begun.and_then(|()| Keeper::new(store, &mut self.ids, journal, listener, &self.switchboard));
+        match kept {
+            Ok(keeper) => self.keeper = Some(keeper),
+            Err(error) => tracing::error!(%error, "cannot keep a journal: {UNKEPT}"),
+        }
     }
 }
 

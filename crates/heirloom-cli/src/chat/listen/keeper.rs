@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use heirloom::notify::{Message, watchdog_interval};
 use heirloom::store::{LEDGER_NAME, Store};
-use heirloom::{Entry, ItemId, Kind};
+use heirloom::{CodecError, Entry, ItemId, Kind};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
@@ -50,35 +50,42 @@ struct Arrival {
 impl Keeper {
     /// Puts what is not in the store yet, the journal first: without it nothing else is of use.
     pub(super) fn new(
-        mut store: Store,
+        store: Store,
         ids: &mut Ids,
         journal: Option<ItemId>,
         listener: Option<(ItemId, BorrowedFd<'_>)>,
         switchboard: &Switchboard,
-    ) -> anyhow::Result<Keeper> {
+    ) -> io::Result<Keeper> {
         let ledger = ids.take()?;
-        let mut put = |entry: Entry, descriptor: BorrowedFd<'_>| {
-            if store.holds(entry.id) { Ok(()) } else { store.put(entry, descriptor) }
-        };
-        let journal = match (switchboard.journal(), journal) {
-            (Some(_), Some(id)) => Some(id),
-            (Some(_), None) => Some(ids.take()?),
-            (None, _) => None,
-        };
-        if let (Some(file), Some(id)) = (switchboard.journal(), journal) {
-            put(journal_entry(id), file.as_fd())?;
+        let journal = journal.map_or_else(|| ids.take(), Ok)?;
+        let watchdog = watchdog_interval().map(|interval| (interval / 2, Instant::now()));
+        let (arriving, status) = (VecDeque::new(), None);
+        let mut keeper =
+            Keeper { store, journal: Some(journal), ledger, arriving, status, watchdog, registered: false };
+        if let Some(file) = switchboard.journal() {
+            keeper.put(Ok(journal_entry(journal)), file.as_fd());
         }
         if let Some((id, listener)) = listener {
-            put(listener_entry(id), listener)?;
+            keeper.put(Ok(listener_entry(id)), listener);
         }
         for client in switchboard.room().clients() {
             if let Some(connection) = switchboard.descriptor(client.id()) {
-                put(stored_entry(client.id(), client.address())?, connection)?;
+                keeper.put(stored_entry(client.id(), client.address()), connection);
             }
         }
-        let watchdog = watchdog_interval().map(|interval| (interval / 2, Instant::now()));
-        let (arriving, status) = (VecDeque::new(), None);
-        Ok(Keeper { store, journal, ledger, arriving, status, watchdog, registered: false })
+        Ok(keeper)
+    }
+
+    /// Puts something into the store, if it is not there. Whether that can be done.
+    fn put(&mut self, entry: Result<Entry, CodecError>, descriptor: BorrowedFd<'_>) -> bool {
+        let put = entry.map_err(anyhow::Error::from).and_then(|entry| match self.store.holds(entry.id) {
+            true => Ok(()),
+            false => Ok(self.store.put(entry, descriptor)?),
+        });
+        if let Err(error) = &put {
+            tracing::error!(%error, "cannot put into the store: a kill of this process would end a connection");
+        }
+        put.is_ok()
     }
 
     /// Tells the supervisor that this process serves.
@@ -95,12 +102,8 @@ impl Keeper {
 
     /// Somebody has connected: it joins when the store holds its connection.
     pub(super) fn receive(&mut self, id: ItemId, socket: TcpStream, address: String) {
-        let put = stored_entry(id, &address).map_err(anyhow::Error::from);
-        let put = put.and_then(|entry| Ok(self.store.put(entry, &socket)?));
-        if let Err(error) = &put {
-            tracing::error!(%error, "cannot store a connection: a kill of this process would end it");
-        }
-        self.arriving.push_back(Arrival { id, socket, address, is_put: put.is_ok() });
+        let is_put = self.put(stored_entry(id, &address), socket.as_fd());
+        self.arriving.push_back(Arrival { id, socket, address, is_put });
     }
 
     /// Lets those in whose connections the store holds, in the order in which they came.
