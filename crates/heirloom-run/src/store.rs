@@ -125,7 +125,7 @@ impl Store {
 
 /// Device and inode; the same for all where it cannot be told.
 fn identity(descriptor: impl AsFd) -> (u64, u64) {
-    fstat(descriptor).map_or((0, 0), |stat| (stat.st_dev as u64, stat.st_ino as u64))
+    fstat(descriptor).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use super::process::Process;
 use super::{Core, MAIN};
 use crate::clock::Moment;
 use crate::exit::Ended;
+use crate::notify::sender::is_child;
 use crate::options::{Command, Restart};
 use crate::start::{Given, StartFailure, start};
 
@@ -184,6 +185,11 @@ impl Core {
         self.end(Signal::TERM.as_raw(), now);
     }
 
+    /// Whether nothing is left but to wait for the end of all others.
+    pub(super) fn is_sweeping(&self) -> bool {
+        matches!(self.phase, Phase::Sweeping { .. })
+    }
+
     /// Nothing is started any more.
     pub(super) fn finish(&mut self, code: u8, now: Moment) {
         self.withdraw_upgrade("heirloom run ends");
@@ -241,7 +247,7 @@ impl Core {
             Phase::Up => self.start_deadline().into_iter().chain(self.watchdog_deadline()).min(),
         };
         let fetches = self.fetches.values().map(|fetch| fetch.until).chain(self.retry_fetches).min();
-        let upgrade = self.upgrade.as_ref().and_then(|upgrade| upgrade.deadline());
+        let upgrade = self.upgrade_deadline();
         [phase, fetches, upgrade].into_iter().flatten().min()
     }
 
@@ -259,8 +265,8 @@ impl Core {
     /// Hears of the end of a main process that need not be our child.
     pub(super) fn watch_main(&mut self) {
         self.main_pidfd = None;
-        let pid = self.main.as_ref().and_then(|main| Pid::from_raw(main.pid as i32));
-        let Some(pid) = pid else { return };
+        let main = self.main.as_ref().filter(|main| !is_child(main.pid));
+        let Some(pid) = main.and_then(|main| Pid::from_raw(main.pid as i32)) else { return };
         let watched = pidfd_open(pid, PidfdFlags::empty()).and_then(|pidfd| {
             let token = epoll::EventData::new_u64(MAIN);
             epoll::add(&self.epoll, &pidfd, token, epoll::EventFlags::IN)?;

@@ -62,7 +62,7 @@ impl Upgrading {
         }
     }
 
-    pub(super) fn deadline(&self) -> Option<Moment> {
+    fn deadline(&self) -> Option<Moment> {
         match self.stage {
             Stage::Beside { until, .. } => until,
             Stage::Probation { until } => Some(until),
@@ -241,6 +241,14 @@ impl Core {
         self.answers.push((upgrade.client, Answer::Upgraded));
     }
 
+    /// When there is something to decide, whatever happens.
+    pub(super) fn upgrade_deadline(&self) -> Option<Moment> {
+        let upgrade = self.upgrade.as_ref()?;
+        // One that is being stopped already has nothing to be in time for.
+        let decided = self.is_on_probation() && self.phase != Phase::Up;
+        upgrade.deadline().filter(|_| !decided)
+    }
+
     pub(super) fn run_upgrade_timer(&mut self, now: Moment) {
         let Some(upgrade) = &mut self.upgrade else { return };
         if upgrade.deadline().is_none_or(|at| at > now) {
@@ -258,13 +266,13 @@ impl Core {
                 let _ = send_signal(process.pid, Signal::KILL.as_raw());
                 self.beside_failed(format!("it did not say within {limit:?} that it is ready"), now);
             }
+            // It is being stopped already.
+            Stage::Probation { .. } if self.phase != Phase::Up => {}
             Stage::Probation { .. } if self.known.says_ready => {
-                if self.phase == Phase::Up {
-                    self.revert(format!("it did not say within {limit:?} that it is ready"), now);
-                }
+                self.revert(format!("it did not say within {limit:?} that it is ready"), now);
             }
             // It has lived long enough.
-            Stage::Probation { .. } if self.phase == Phase::Up => self.upgraded(),
+            Stage::Probation { .. } => self.upgraded(),
             _ => {}
         }
     }

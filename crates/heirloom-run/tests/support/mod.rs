@@ -243,12 +243,18 @@ impl Puppet {
     #[track_caller]
     pub(crate) fn tell(&mut self, code: &str) -> Value {
         self.begin(code);
-        let answer = read(&mut self.lines).unwrap_or_else(|| panic!("no answer to {code}"));
-        assert!(answer.get("error").is_none(), "{code}: {answer}");
+        self.finish()
+    }
+
+    /// Waits for the end of what was begun, and gives its value.
+    #[track_caller]
+    pub(crate) fn finish(&mut self) -> Value {
+        let answer = read(&mut self.lines).expect("an answer");
+        assert!(answer.get("error").is_none(), "{answer}");
         answer["ok"].clone()
     }
 
-    /// Runs code that does not return.
+    /// Begins to run code.
     pub(crate) fn begin(&mut self, code: &str) {
         let line = serde_json::to_string(code).expect("JSON") + "\n";
         self.lines.get_mut().write_all(line.as_bytes()).expect("it listens");
