@@ -4,13 +4,16 @@
 //! old one has read and not yet written, and the old one ends. The server notices nothing; the outputs of all of them,
 //! one after the other, are what the server sent, byte for byte.
 
+mod append;
 mod buffer;
 mod bytes;
 mod client;
+mod conduit;
 mod connect;
 mod listen;
 mod older;
 mod pump;
+mod queue;
 mod reconnect;
 mod stdio;
 
@@ -157,6 +160,7 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
         addresses,
         input: Input::stdin().context("cannot use stdin")?,
         output: Output::stdout().context("cannot use stdout")?,
+        pipes: None,
     };
     Client::new(incumbent, Pump::resume(config, state, socket), signals, args.linger).run()
 }
