@@ -50,11 +50,13 @@ pub mod kind;
 pub mod limits;
 pub mod lock;
 pub mod manifest;
+pub mod notify;
 pub mod peer;
 pub mod protocol;
 pub mod runtime;
 pub mod service;
 mod start;
+pub mod store;
 pub mod transport;
 pub mod upgrade;
 

@@ -67,9 +67,11 @@ pub(crate) fn parent() -> Option<u32> {
 }
 
 /// Whether a variable is left out of a started program's environment: what was meant for this process alone, ours and
-/// systemd's. LISTEN_PID would still match after an execve, and its descriptors are long in use.
+/// systemd's. LISTEN_PID would still match after an execve, and its descriptors are long in use; with the WATCHDOG_PID of its
+/// predecessor a successor would not tell the watchdog that it lives.
 pub(crate) fn is_ours_alone(name: &OsStr) -> bool {
-    name == VARIABLE || ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"].iter().any(|listen| name == *listen)
+    let theirs = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
+    name == VARIABLE || theirs.iter().any(|theirs| name == *theirs)
 }
 
 /// The environment of a started program.

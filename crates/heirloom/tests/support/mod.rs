@@ -95,6 +95,11 @@ impl Process {
         }
     }
 
+    /// The lines on its stdout, until it has ended.
+    pub(crate) fn lines(&mut self) -> impl Iterator<Item = String> {
+        (&mut self.said).lines().map_while(Result::ok)
+    }
+
     /// Waits until it has ended, and fails unless it ended well.
     #[track_caller]
     pub(crate) fn ends_well(&mut self) {
