@@ -63,6 +63,7 @@ impl Rig {
     /// Turns until the pump has made the connection with this id. Returns the server's end.
     fn connection(&mut self, id: u64) -> TcpStream {
         drive(&mut self.pump, |pump| pump.connection_id() == id);
+        self.pump.connection_is_held();
         self.listener.accept().unwrap().0
     }
 }
