@@ -13,4 +13,4 @@ pub use exec::execve;
 pub use inherited::adopt;
 pub use mask::SignalMask;
 pub use peer::{Credentials, peer_credentials, peer_pidfd};
-pub use tcp::never_sent;
+pub use tcp::{TcpCounters, never_sent, tcp_counters};
