@@ -5,11 +5,14 @@
 //! one after the other, are what the server sent, byte for byte.
 
 mod append;
+mod begin;
 mod buffer;
 mod bytes;
 mod client;
 mod conduit;
 mod connect;
+mod items;
+mod kept;
 mod listen;
 mod older;
 mod pump;
@@ -17,7 +20,8 @@ mod queue;
 mod reconnect;
 mod stdio;
 
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
@@ -30,13 +34,10 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::page::Page;
 use crate::signals::Signals;
+use begin::Beginning;
 use client::Client;
 use older::ChatRequest;
-use pump::{Pump, PumpState};
-use stdio::{Input, Output};
-
-/// The name of the connection among the items.
-const SERVER: &str = "server";
+use pump::PumpState;
 
 /// The options of `heirloom chat`.
 #[derive(clap::Args, Clone, Debug)]
@@ -139,40 +140,57 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
     let path = args.target.path("chat", &args.address)?;
     let service = service(&args.address);
     let replace = args.replace.into();
-    let (incumbent, state, socket) = loop {
+    let (incumbent, beginning, handed_over) = loop {
         match heirloom::start::<ChatRequest>(&path, service.clone(), Config::default(), replace)? {
             Start::Fresh(incumbent) => {
                 tracing::info!(control = %path.display(), server = args.address, "serving");
-                break (incumbent, PumpState::default(), None);
+                break (incumbent, Beginning::fresh(&path)?, false);
             }
-            Start::Successor(successor) => match take_over(successor) {
+            Start::Successor(successor) => match take_over(successor, &path) {
                 Err(failure) if failure.incumbent_died && replace == Replace::Try => {
                     tracing::warn!("{failure}; starting again");
                 }
-                taken => break taken?,
+                taken => {
+                    let (incumbent, beginning) = taken?;
+                    break (incumbent, beginning, true);
+                }
             },
-            Start::InPlace(taken) => break go_on(*taken, true),
+            Start::InPlace(taken) => {
+                let (incumbent, beginning) = go_on(*taken, true, &path);
+                break (incumbent, beginning, true);
+            }
             Start::Preflight(preflight) => return answer(preflight),
-            Start::Older(older) => break older::take_over(older)?,
+            Start::Older(older) => {
+                let (incumbent, socket) = older::take_over(older)?;
+                break (incumbent, Beginning::older(socket, &path), true);
+            }
         }
     };
-    let config = pump::Config {
-        addresses,
-        input: Input::stdin().context("cannot use stdin")?,
-        output: Output::stdout().context("cannot use stdout")?,
-        pipes: None,
-    };
-    Client::new(incumbent, Pump::resume(config, state, socket), signals, args.linger).run()
+    let (pump, items, kept) = beginning.pump(addresses)?;
+    Client::new(incumbent, pump, items, kept, signals, args.linger).run(handed_over)
 }
 
+/// The schema of a state beside which there are pipes with bytes, and a store that holds them.
+const WITH_STORE: u32 = 2;
+/// That of a state in which everything is.
+const WITHOUT_STORE: u32 = 1;
+
 /// What the chat client with a server at this address is called at the control socket.
+///
+/// A program that knows nothing of pipes would lose what is in them, and leave the store with what is no longer so: where
+/// there is a supervisor it is refused.
 fn service(address: &str) -> Service {
-    Service::new(format!("chat {address}")).program("heirloom", env!("CARGO_PKG_VERSION"))
+    let supervised =
+        std::env::var_os(heirloom::notify::NOTIFY_SOCKET).is_some_and(|socket| !socket.is_empty());
+    Service::new(format!("chat {address}"))
+        .program("heirloom", env!("CARGO_PKG_VERSION"))
+        .schema(if supervised { WITH_STORE } else { WITHOUT_STORE }, WITHOUT_STORE..=WITH_STORE)
 }
 
 fn take_over(
     successor: heirloom::Successor,
-) -> Result<(Incumbent<ChatRequest>, PumpState, Option<TcpStream>), Failure> {
+    control: &Path,
+) -> Result<(Incumbent<ChatRequest>, Beginning), Failure> {
     let offered = successor.receive()?;
     // What cannot be read now would not be readable in the freeze either.
     if let Err(error) = offered.bundle().state::<PumpState>() {
@@ -184,14 +202,15 @@ fn take_over(
         complete.withdraw(&error);
         return Err(rolled_back(error));
     }
-    Ok(go_on(complete.accept::<ChatRequest>()?, false))
+    Ok(go_on(complete.accept::<ChatRequest>()?, false, control))
 }
 
 /// Goes on with what was handed over. `in_place` says that stdin and stdout are the same as before.
 fn go_on(
-    mut taken: heirloom::Taken<ChatRequest>,
+    taken: heirloom::Taken<ChatRequest>,
     in_place: bool,
-) -> (Incumbent<ChatRequest>, PumpState, Option<TcpStream>) {
+    control: &Path,
+) -> (Incumbent<ChatRequest>, Beginning) {
     tracing::info!(
         from = %taken.from,
         generation = taken.incumbent.generation(),
@@ -199,21 +218,7 @@ fn go_on(
         "{}",
         if in_place { "upgraded in place" } else { "took over" }
     );
-    let mut state: PumpState = match taken.bundle.state() {
-        Ok(state) => state.unwrap_or_default(),
-        // It could be decoded a moment ago, or in the preflight.
-        Err(error) => {
-            tracing::error!(%error, "what was read and not yet passed on is lost");
-            PumpState::default()
-        }
-    };
-    // A stdin of its own: what the incumbent's had to say of its end does not matter then.
-    state.stdin_open |= !in_place;
-    let socket = taken.bundle.take_all::<TcpStream>(SERVER).pop().map(|taken| taken.descriptor);
-    for entry in std::mem::take(&mut taken.bundle).close_rest() {
-        tracing::warn!(item = %entry, "closed an item that this version does not know");
-    }
-    (taken.incumbent, state, socket)
+    (taken.incumbent, Beginning::taken(taken.bundle, in_place, control))
 }
 
 /// Answers an incumbent that asks whether this program could take over.

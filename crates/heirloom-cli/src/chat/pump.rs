@@ -14,10 +14,11 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 use std::{fmt, mem};
 
+use heirloom::ItemId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
@@ -60,6 +61,23 @@ pub(crate) struct Pipes {
     pub(crate) from_stdin: Conduit,
 }
 
+impl Pipes {
+    /// With these ends of readers and writers, and what is in between; new ones where there are none.
+    pub(crate) fn new(
+        from_server: Option<(OwnedFd, OwnedFd)>,
+        from_stdin: Option<(OwnedFd, OwnedFd)>,
+    ) -> io::Result<Self> {
+        let conduit = |ends: Option<(OwnedFd, OwnedFd)>, limit| match ends {
+            Some((reader, writer)) => Conduit::adopt(reader, writer, limit),
+            None => Conduit::new(limit),
+        };
+        Ok(Self {
+            from_server: conduit(from_server, FROM_SERVER)?,
+            from_stdin: conduit(from_stdin, FROM_STDIN)?,
+        })
+    }
+}
+
 /// What a pump is made of besides descriptors: all that another process needs to go on. A field that is missing in an
 /// older state has its value of a new pump.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +98,9 @@ pub(crate) struct PumpState {
     /// Which connection this is: 0 before the first, then one more each time.
     pub(crate) connection_id: u64,
     pub(crate) reconnect: Reconnect,
+    /// What a store holds of the streams that are this process's own: another one has others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) streams: Vec<ItemId>,
 }
 
 /// What a turn found.
@@ -191,6 +212,7 @@ impl Pump {
             bytes_out: self.bytes_out,
             connection_id: self.connection_id,
             reconnect: self.reconnect.clone(),
+            streams: Vec::new(),
         }
     }
 
@@ -205,6 +227,11 @@ impl Pump {
     /// The queues from the server and from stdin, if they are in the kernel.
     pub(crate) fn conduits(&self) -> Option<(&Conduit, &Conduit)> {
         Some((self.from_server.conduit()?, self.from_stdin.conduit()?))
+    }
+
+    /// Whether stdin may have more.
+    pub(crate) fn reads_on(&self) -> bool {
+        self.stdin_open
     }
 
     pub(crate) fn input(&self) -> &Input {
@@ -533,6 +560,7 @@ impl Default for PumpState {
             bytes_out: 0,
             connection_id: 0,
             reconnect: Reconnect::default(),
+            streams: Vec::new(),
         }
     }
 }

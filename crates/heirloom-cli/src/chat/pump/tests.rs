@@ -78,7 +78,7 @@ fn config(listener: &TcpListener, stdin: OwnedFd, stdout: OwnedFd) -> Config {
 }
 
 fn pipes() -> Pipes {
-    Pipes { from_server: Conduit::new(FROM_SERVER).unwrap(), from_stdin: Conduit::new(FROM_STDIN).unwrap() }
+    Pipes::new(None, None).unwrap()
 }
 
 /// Turns until `done` or an error.
@@ -131,11 +131,11 @@ fn hand_over(pump: Pump, encode: bool) -> Pump {
         input: Input::new(duplicate(pump.input.fd())).unwrap(),
         output: Output::new(duplicate(pump.output.fd())).unwrap(),
         pipes: pump.conduits().map(|(from_server, from_stdin)| {
-            let adopt = |conduit: &Conduit, limit| {
+            let ends = |conduit: &Conduit| {
                 let (reader, writer) = conduit.ends();
-                Conduit::adopt(duplicate(reader), duplicate(writer), limit).unwrap()
+                Some((duplicate(reader), duplicate(writer)))
             };
-            Pipes { from_server: adopt(from_server, FROM_SERVER), from_stdin: adopt(from_stdin, FROM_STDIN) }
+            Pipes::new(ends(from_server), ends(from_stdin)).unwrap()
         }),
     };
     let socket = pump.socket().map(|socket| TcpStream::from(duplicate(socket)));
@@ -758,6 +758,7 @@ fn the_state_of_0_1_can_be_read() {
         bytes_out: 7,
         connection_id: 3,
         reconnect: serde_json::from_str(r#"{"errors":2}"#).unwrap(),
+        streams: Vec::new(),
     };
     let released = include_bytes!("../../../tests/fixtures/state-v1/pump.cbor");
     assert_eq!(Cbor::decode::<PumpState>(released).unwrap(), expected);
