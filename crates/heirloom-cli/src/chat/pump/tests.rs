@@ -176,7 +176,7 @@ fn read_exactly(reader: &mut impl Read, length: usize) -> Vec<u8> {
 
 #[test]
 fn ten_megabytes_each_way_survive_hundreds_of_handovers() {
-    BOTH.map(ten_megabytes_each_way_survive_hundreds_of_handovers_in);
+    BOTH.into_iter().for_each(ten_megabytes_each_way_survive_hundreds_of_handovers_in);
 }
 
 fn ten_megabytes_each_way_survive_hundreds_of_handovers_in(place: Place) {
@@ -222,7 +222,7 @@ fn ten_megabytes_each_way_survive_hundreds_of_handovers_in(place: Place) {
 
 #[test]
 fn a_pump_goes_on_after_a_takeover_that_came_to_nothing() {
-    BOTH.map(a_pump_goes_on_after_a_takeover_that_came_to_nothing_in);
+    BOTH.into_iter().for_each(a_pump_goes_on_after_a_takeover_that_came_to_nothing_in);
 }
 
 fn a_pump_goes_on_after_a_takeover_that_came_to_nothing_in(place: Place) {
@@ -239,7 +239,7 @@ fn a_pump_goes_on_after_a_takeover_that_came_to_nothing_in(place: Place) {
 
 #[test]
 fn a_slow_reader_slows_the_server_down_and_nothing_spins() {
-    BOTH.map(a_slow_reader_slows_the_server_down_and_nothing_spins_in);
+    BOTH.into_iter().for_each(a_slow_reader_slows_the_server_down_and_nothing_spins_in);
 }
 
 fn a_slow_reader_slows_the_server_down_and_nothing_spins_in(place: Place) {
@@ -268,7 +268,7 @@ fn a_slow_reader_slows_the_server_down_and_nothing_spins_in(place: Place) {
 
 #[test]
 fn a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins() {
-    BOTH.map(a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins_in);
+    BOTH.into_iter().for_each(a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins_in);
 }
 
 fn a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins_in(place: Place) {
@@ -291,7 +291,7 @@ fn a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins_in(place: Plac
 
 #[test]
 fn nothing_spins_while_idle_with_stdin_open_or_not() {
-    BOTH.map(nothing_spins_while_idle_with_stdin_open_or_not_in);
+    BOTH.into_iter().for_each(nothing_spins_while_idle_with_stdin_open_or_not_in);
 }
 
 fn nothing_spins_while_idle_with_stdin_open_or_not_in(place: Place) {
@@ -349,7 +349,8 @@ fn a_connection_that_is_reset_while_the_buffer_is_full_does_not_spin() {
 
 #[test]
 fn all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_connection() {
-    BOTH.map(all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_connection_in);
+    BOTH.into_iter()
+        .for_each(all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_connection_in);
 }
 
 fn all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_connection_in(place: Place) {
@@ -373,7 +374,7 @@ fn all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_c
 
 #[test]
 fn a_reset_does_not_lose_what_came_before_it() {
-    BOTH.map(a_reset_does_not_lose_what_came_before_it_in);
+    BOTH.into_iter().for_each(a_reset_does_not_lose_what_came_before_it_in);
 }
 
 fn a_reset_does_not_lose_what_came_before_it_in(place: Place) {
@@ -416,7 +417,7 @@ fn it_gives_up_in_the_end_and_not_before_all_is_written() {
 
 #[test]
 fn errors_and_the_pause_after_them_travel() {
-    BOTH.map(errors_and_the_pause_after_them_travel_in);
+    BOTH.into_iter().for_each(errors_and_the_pause_after_them_travel_in);
 }
 
 fn errors_and_the_pause_after_them_travel_in(place: Place) {
@@ -433,7 +434,7 @@ fn errors_and_the_pause_after_them_travel_in(place: Place) {
 
 #[test]
 fn a_reader_of_stdout_that_goes_ends_it() {
-    BOTH.map(a_reader_of_stdout_that_goes_ends_it_in);
+    BOTH.into_iter().for_each(a_reader_of_stdout_that_goes_ends_it_in);
 }
 
 fn a_reader_of_stdout_that_goes_ends_it_in(place: Place) {
@@ -473,7 +474,7 @@ fn a_full_disk_is_an_error_after_which_the_bytes_are_still_there() {
 
 #[test]
 fn the_end_of_stdin_is_not_the_end() {
-    BOTH.map(the_end_of_stdin_is_not_the_end_in);
+    BOTH.into_iter().for_each(the_end_of_stdin_is_not_the_end_in);
 }
 
 fn the_end_of_stdin_is_not_the_end_in(place: Place) {
@@ -676,7 +677,7 @@ fn what_was_in_memory_goes_before_what_comes_through_the_pipes() {
 
 #[test]
 fn without_reading_it_only_flushes() {
-    BOTH.map(without_reading_it_only_flushes_in);
+    BOTH.into_iter().for_each(without_reading_it_only_flushes_in);
 }
 
 fn without_reading_it_only_flushes_in(place: Place) {
