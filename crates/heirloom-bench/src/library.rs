@@ -118,7 +118,7 @@ impl Server {
                     };
                 }
                 Turn::Request(asked) => asked.refuse("nothing to say"),
-                Turn::Quit(_) | Turn::Closed(_) => {}
+                Turn::Quit(_) | Turn::Closed(_) | Turn::Delegated(_) => {}
             }
         }
     }

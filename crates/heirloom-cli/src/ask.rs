@@ -163,9 +163,25 @@ fn table(status: &Status, now: SystemTime) -> String {
     row("version", format!("{} {}", status.program, status.version));
     row("started", time(status.started_unix_ms, now));
     row("serving since", time(status.serving_since_unix_ms, now));
+    if let Some(supervised) = &status.supervised {
+        row("command", supervised.command.join(" "));
+        let pid = supervised.pid.map_or(String::new(), |pid| format!(", pid {pid}"));
+        row("state", format!("{}{pid}", supervised.state));
+        if !supervised.text.is_empty() {
+            row("says", supervised.text.clone());
+        }
+        if let Some(ended) = &supervised.ended {
+            row("ended", ended.clone());
+        }
+        row("store", format!("at most {}", supervised.limit));
+        for why in &supervised.refused {
+            row("refused", why.clone());
+        }
+    }
     row("items", status.items.len().to_string());
     for item in &status.items {
-        row("", format!("{} ({}, id {})", item.name, item.kind, item.id));
+        let by = item.put_by.map_or(String::new(), |pid| format!(", put by pid {pid}"));
+        row("", format!("{} ({}, id {}{by})", item.name, item.kind, item.id));
     }
     for (name, value) in &status.counters {
         row(&name.replace('_', " "), value.to_string());
@@ -203,7 +219,7 @@ fn time(unix_ms: u64, now: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use heirloom::control::LastTakeover;
+    use heirloom::control::{LastTakeover, Supervised};
 
     #[test]
     fn the_table_shows_what_the_json_has() {
@@ -216,7 +232,12 @@ mod tests {
             protocol: 1,
             started_unix_ms: 0,
             serving_since_unix_ms: 60_000,
-            items: vec![],
+            items: vec![heirloom::control::ItemStatus {
+                id: 1,
+                name: "client".into(),
+                kind: "tcp-stream".into(),
+                put_by: Some(44),
+            }],
             counters: [("bytes_in".to_string(), 5)].into(),
             takeover_running: true,
             last_takeover: Some(LastTakeover {
@@ -229,6 +250,14 @@ mod tests {
                 total_us: 900,
                 at_unix_ms: 90_000,
             }),
+            supervised: Some(Supervised {
+                command: vec!["/bin/echod".into(), "-v".into()],
+                pid: Some(8),
+                state: "ready".into(),
+                refused: vec!["\"a:b\" is no name".into()],
+                limit: 40,
+                ..Supervised::default()
+            }),
         };
         let text = table(&status, UNIX_EPOCH + Duration::from_secs(120));
         for part in [
@@ -239,6 +268,11 @@ mod tests {
             "resumed, with pid 9",
             "at step accept",
             "pause 350 µs",
+            "/bin/echod -v",
+            "ready, pid 8",
+            "at most 40",
+            "put by pid 44",
+            "\"a:b\" is no name",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }

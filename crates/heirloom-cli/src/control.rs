@@ -52,6 +52,14 @@ impl Target {
         default_path(&name).map_err(|error| Failure::new(Exit::Failed, error))
     }
 
+    /// The path, if an option says where it is.
+    pub(crate) fn path_if_said(&self) -> Result<Option<PathBuf>, Failure> {
+        match (&self.control, &self.name) {
+            (None, None) => Ok(None),
+            _ => self.path("", "").map(Some),
+        }
+    }
+
     /// The path; without an option that of a `heirloom chat` without options.
     pub(crate) fn path_of_chat(&self) -> Result<PathBuf, Failure> {
         self.path("chat", DEFAULT_ADDRESS)

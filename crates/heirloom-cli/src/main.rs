@@ -10,6 +10,7 @@ mod failure;
 mod inspect;
 mod log;
 mod page;
+mod run;
 mod setup;
 mod signals;
 mod upgrade;
@@ -45,6 +46,8 @@ enum Command {
     Upgrade(upgrade::Args),
     /// End the process at a control socket
     Quit(control::Target),
+    /// Keep a program running, and its descriptors: socket activation and an fd store for any program
+    Run(run::Args),
     /// Show it all: a client that is replaced under load, and loses nothing
     Demo(demo::Args),
     /// Install man pages, and completions for bash, zsh and fish
@@ -80,6 +83,7 @@ fn page_of(command: &str) -> &'static Page {
         "inspect" => &inspect::PAGE,
         "upgrade" => &upgrade::PAGE,
         "quit" => &ask::QUIT_PAGE,
+        "run" => &run::PAGE,
         "demo" => &demo::PAGE,
         "setup" => &setup::PAGE,
         _ => &Page::EMPTY,
@@ -115,6 +119,7 @@ fn main() -> Exit {
         Command::Inspect(args) => inspect::run(&args),
         Command::Upgrade(args) => upgrade::run(args),
         Command::Quit(target) => ask::quit(&target),
+        Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::run(&args),
         Command::Setup(args) => setup::run(&args),
         Command::DemoSuccessor(args) => demo::successor::run(args),

@@ -24,6 +24,9 @@ pub(crate) struct Args {
     /// Become the new program in place, with the same pid; always so when stdin is a terminal, or for PID 1
     #[arg(long)]
     in_place: bool,
+    /// Of heirloom run: upgrade it itself, in place with all that it holds, and not the command that it runs
+    #[arg(long = "self")]
+    itself: bool,
     /// Only find out whether the new program could take over
     #[arg(long)]
     dry_run: bool,
@@ -45,6 +48,8 @@ option, the chat with the default address is asked.
 The process first starts the new program as a child, which finds out whether it could read all that would be handed over; \
 a dry run ends there. Then the new program takes over, or the process becomes the new program in place, by execve(2). \
 As long as the new program does not have everything, a failure leaves the process serving, and the status is 5.
+
+Of heirloom-run(1) what is upgraded is the command that it runs, unless --self is given.
 
 Only the user whose process it is and root may say which program it becomes, and with which arguments. An upgrade that \
 takes longer than --timeout goes on; the status is then 1.",
@@ -69,12 +74,14 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
         program,
         arguments: (!args.arguments.is_empty()).then_some(args.arguments),
         in_place: args.in_place,
+        itself: args.itself,
         dry_run: args.dry_run,
         generation: None,
     };
     match ask(&path, request, args.timeout)? {
         Upgraded::Replaced { before, now } => print_line(&replaced(&before, &now))?,
         Upgraded::Checked(checked) => print_line(&could_be(&checked))?,
+        Upgraded::Supervised { before, now } => print_line(&supervised(&before, &now))?,
     }
     Ok(Exit::Done)
 }
@@ -92,6 +99,15 @@ fn replaced(before: &Status, now: &Status) -> String {
     let items = last.map_or(0, |last| last.items);
     let place = if before.pid == now.pid { " in place" } else { "" };
     format!("upgraded{place}: {} became {}; {items} items{pause}", process(before), process(now))
+}
+
+fn supervised(before: &Status, now: &Status) -> String {
+    let pid = |status: &Status| {
+        let pid = status.supervised.as_ref().and_then(|supervised| supervised.pid);
+        pid.map_or("nothing".into(), |pid| format!("pid {pid}"))
+    };
+    let command = now.supervised.as_ref().map_or(String::new(), |supervised| supervised.command.join(" "));
+    format!("upgraded: {} became {} ({command})", pid(before), pid(now))
 }
 
 fn could_be(checked: &Checked) -> String {

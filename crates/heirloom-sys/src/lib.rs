@@ -2,15 +2,23 @@
 //!
 //! This is the only crate of the workspace with unsafe code; each block says why it is sound.
 
+mod datagram;
 mod exec;
 mod inherited;
+mod kcmp;
 mod mask;
 mod option;
 mod peer;
+mod signals;
+mod spawn;
 mod tcp;
 
+pub use datagram::{Datagram, receive_datagram};
 pub use exec::execve;
 pub use inherited::adopt;
+pub use kcmp::compare_files;
 pub use mask::SignalMask;
 pub use peer::{Credentials, peer_credentials, peer_pidfd};
+pub use signals::{Signal, SignalFd, send_signal, send_signal_to_all};
+pub use spawn::{FIRST_PASSED, Spawn, SpawnFailure, SpawnStage, spawn};
 pub use tcp::{TcpCounters, never_sent, tcp_counters};

@@ -39,11 +39,7 @@ impl SignalMask {
 
 /// Changes the mask, and returns the one before.
 fn change(how: libc::c_int, mask: SignalMask) -> io::Result<SignalMask> {
-    let mut set = empty();
-    for signal in signals().filter(|signal| mask.0 >> (signal - 1) & 1 == 1) {
-        // SAFETY: `set` was initialized; a number that the C library keeps for itself is refused, which does no harm.
-        unsafe { libc::sigaddset(&raw mut set, signal) };
-    }
+    let set = to_set(mask);
     let mut before = empty();
     // SAFETY: both pointers are to initialized sets that live until this returns.
     let error = unsafe { libc::pthread_sigmask(how, &raw const set, &raw mut before) };
@@ -53,6 +49,16 @@ fn change(how: libc::c_int, mask: SignalMask) -> io::Result<SignalMask> {
     // SAFETY: `before` is an initialized set.
     let held = signals().filter(|&signal| unsafe { libc::sigismember(&raw const before, signal) } == 1);
     Ok(SignalMask(held.fold(0, |bits, signal| bits | 1 << (signal - 1))))
+}
+
+/// The mask as the C library has it.
+pub(crate) fn to_set(mask: SignalMask) -> libc::sigset_t {
+    let mut set = empty();
+    for signal in signals().filter(|signal| mask.0 >> (signal - 1) & 1 == 1) {
+        // SAFETY: `set` was initialized; a number that the C library keeps for itself is refused, which does no harm.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    set
 }
 
 fn empty() -> libc::sigset_t {

@@ -96,7 +96,7 @@ fn serve(control: &str) -> Result<(), Box<dyn Error>> {
                     Outcome::Superseded(why) => return Err(why.into()),
                 },
                 Turn::Quit(_) => break 'serving,
-                Turn::Closed(_) => {}
+                Turn::Closed(_) | Turn::Delegated(_) => {}
             }
         }
     }

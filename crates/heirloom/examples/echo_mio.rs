@@ -204,7 +204,7 @@ impl Echo {
                 },
                 Turn::Request(asked) => asked.refuse("this program has no requests of its own"),
                 Turn::Quit(_) => return Ok(Next::Quit),
-                Turn::Closed(_) => {}
+                Turn::Closed(_) | Turn::Delegated(_) => {}
             }
         }
         if !incumbent.takeover_running() {

@@ -23,4 +23,25 @@ pub struct Config {
     pub times: Times,
     /// What the incumbent does about an aborted successor that keeps the service lock. By default it is killed.
     pub fencing: Fencing,
+    /// Which requests the application answers itself.
+    pub delegate: Delegate,
+}
+
+/// Requests that are otherwise answered by the library, and that an application takes itself, as
+/// [`Turn::Delegated`](crate::Turn::Delegated).
+///
+/// ```
+/// use heirloom::Config;
+/// use heirloom::config::Delegate;
+///
+/// // A supervisor: an upgrade is of what it supervises.
+/// let config = Config { delegate: Delegate { upgrade: true, status: true }, ..Config::default() };
+/// assert_ne!(config.delegate, Delegate::default());
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Delegate {
+    /// [`Request::Upgrade`](crate::control::Request::Upgrade).
+    pub upgrade: bool,
+    /// [`Request::Status`](crate::control::Request::Status).
+    pub status: bool,
 }

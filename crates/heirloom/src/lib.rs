@@ -62,10 +62,11 @@ pub mod upgrade;
 
 pub use bundle::{Bundle, BundleError, Taken as TakenItem};
 pub use codec::{Cbor, Codec, CodecError};
-pub use config::Config;
+pub use config::{Config, Delegate};
 pub use control::request::{NoRequests, VersionRange};
 pub use incumbent::{
-    Asked, Batch, ConnectionId, Freeze, HandoverError, Incumbent, Offer, Outcome, TakenBy, Turn,
+    Asked, Batch, ConnectionId, Delegated, Freeze, HandoverError, Incumbent, Offer, Outcome, StatusAsked,
+    TakenBy, Turn, UpgradeAsked,
 };
 pub use item::{CONTROL_NAME, Entry, Item, ItemId, RESERVED_PREFIX, Typed};
 pub use kind::Kind;

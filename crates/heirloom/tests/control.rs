@@ -16,7 +16,7 @@ use heirloom::control::line::MAX_REQUEST;
 use heirloom::control::path::{MAX_PATH, bind, default_path, prepare_directory, relisten};
 use heirloom::control::{
     Client, ClientError, Failure, FailureCode, Hello, ItemStatus, LastTakeover, LineReader, PathError, Reply,
-    Request, RequestError, Status, TooLong, VersionRange, Welcome,
+    Request, RequestError, Status, Supervised, TooLong, VersionRange, Welcome,
 };
 use heirloom::descriptors::{Wait, send_with};
 use heirloom::lock::{LockFile, ServiceLock, lock_path};
@@ -196,11 +196,18 @@ mod messages {
     }
 
     fn any_status() -> impl Strategy<Value = Status> {
-        let item = (any::<u64>(), any::<String>(), any::<String>()).prop_map(|(id, name, kind)| ItemStatus {
-            id,
-            name,
-            kind,
-        });
+        let item = (any::<u64>(), any::<String>(), any::<String>(), any::<Option<u32>>())
+            .prop_map(|(id, name, kind, put_by)| ItemStatus { id, name, kind, put_by });
+        let supervised = (any::<Vec<String>>(), any::<Option<u32>>(), any::<[String; 2]>(), any::<u64>())
+            .prop_map(|(command, pid, [state, text], limit)| Supervised {
+                refused: command.clone(),
+                command,
+                pid,
+                state,
+                ended: Some(text.clone()),
+                text,
+                limit,
+            });
         let last = (
             any::<String>(),
             any::<Option<String>>(),
@@ -225,24 +232,28 @@ mod messages {
             prop::collection::vec(item, 0..4),
             prop::collection::btree_map(any::<String>(), any::<u64>(), 0..4),
             prop::option::of(last),
+            prop::option::of(supervised),
         )
-            .prop_map(|(texts, numbers, (pid, protocol, running), items, counters, last)| {
-                let [name, program, version] = texts;
-                Status {
-                    name,
-                    pid,
-                    generation: numbers[0],
-                    program,
-                    version,
-                    protocol,
-                    started_unix_ms: numbers[1],
-                    serving_since_unix_ms: numbers[2],
-                    items,
-                    counters,
-                    takeover_running: running,
-                    last_takeover: last,
-                }
-            })
+            .prop_map(
+                |(texts, numbers, (pid, protocol, running), items, counters, last, supervised)| {
+                    let [name, program, version] = texts;
+                    Status {
+                        name,
+                        pid,
+                        generation: numbers[0],
+                        program,
+                        version,
+                        protocol,
+                        started_unix_ms: numbers[1],
+                        serving_since_unix_ms: numbers[2],
+                        items,
+                        counters,
+                        takeover_running: running,
+                        last_takeover: last,
+                        supervised,
+                    }
+                },
+            )
     }
 
     fn any_reply() -> impl Strategy<Value = Reply> {

@@ -46,7 +46,7 @@ fn turns(incumbent: &mut Incumbent, outcomes: &mut Vec<Outcome>) {
                 outcomes.push(freeze.release_bundle(&bundle).expect("a release"));
                 return;
             }
-            Turn::Request(_) | Turn::Closed(_) | Turn::Quit(_) => {}
+            Turn::Request(_) | Turn::Closed(_) | Turn::Quit(_) | Turn::Delegated(_) => {}
         }
     }
 }

@@ -158,7 +158,7 @@ fn turns(incumbent: &mut Incumbent, bundle: &Bundle, hog: &mut Option<Hog>, wait
                     Outcome::Taken(_) => return true,
                     other => panic!("{other:?}"),
                 },
-                Turn::Request(_) | Turn::Closed(_) | Turn::Quit(_) => {}
+                Turn::Request(_) | Turn::Closed(_) | Turn::Quit(_) | Turn::Delegated(_) => {}
             }
         }
     }

@@ -578,7 +578,7 @@ mod threads {
                             Outcome::Resumed(_) => gate.thaw()?,
                         }
                     }
-                    Turn::Request(_) | Turn::Closed(_) => {}
+                    Turn::Request(_) | Turn::Closed(_) | Turn::Delegated(_) => {}
                     Turn::Quit(_) => return Ok(()),
                 }
             }

@@ -164,7 +164,7 @@ fn serve_once(incumbent: &mut Incumbent, bundle: &Bundle, manner: Manner, tell: 
             }
         }
         Turn::Quit(_) => return false,
-        Turn::Idle | Turn::Request(_) | Turn::Closed(_) => {}
+        Turn::Idle | Turn::Request(_) | Turn::Closed(_) | Turn::Delegated(_) => {}
     }
     true
 }

@@ -294,6 +294,7 @@ impl Client {
                 Turn::Request(asked) => Notice::Older(older_asks(asked, busy)),
                 Turn::Quit(connection) => Notice::Quit(connection),
                 Turn::Closed(connection) => Notice::Closed(connection),
+                Turn::Delegated(_) => continue,
             };
             match self.hear(notice)? {
                 Next::Go => {}

@@ -39,7 +39,7 @@ fn turns(incumbent: &mut Incumbent<NoRequests>, bundle: &Bundle) -> bool {
                 Outcome::Taken(_) => return true,
                 outcome => say(&format!("{outcome:?}")),
             },
-            Turn::Request(_) | Turn::Quit(_) | Turn::Closed(_) => {}
+            Turn::Request(_) | Turn::Quit(_) | Turn::Closed(_) | Turn::Delegated(_) => {}
         }
     }
 }

@@ -18,4 +18,4 @@ pub use request::{
     Failure, FailureCode, Hello, ManifestSummary, NoRequests, Reply, Request, RequestError, VersionRange,
     Welcome,
 };
-pub use status::{ItemStatus, LastTakeover, Status};
+pub use status::{ItemStatus, LastTakeover, Status, Supervised};

@@ -324,7 +324,19 @@ pub(super) fn stream_socket() -> io::Result<std::os::fd::OwnedFd> {
     Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
 }
 
-fn check_length(path: &Path) -> Result<(), PathError> {
+/// Whether a path is short enough to be a UNIX socket's.
+///
+/// # Errors
+///
+/// [`PathError::TooLong`].
+///
+/// ```
+/// use heirloom::control::path::check_length;
+///
+/// assert!(check_length("/run/heirloom/chat.sock".as_ref()).is_ok());
+/// assert!(check_length("x".repeat(108).as_ref()).is_err());
+/// ```
+pub fn check_length(path: &Path) -> Result<(), PathError> {
     let length = path.as_os_str().as_bytes().len();
     if length > MAX_PATH {
         return Err(PathError::TooLong { path: path.to_owned(), length });

@@ -109,6 +109,8 @@ pub enum Reply {
     Takeover(Welcome),
     /// To an Upgrade that is a dry run.
     Checked(Checked),
+    /// To an Upgrade of a supervisor: what it supervises has been upgraded. The status is as of then.
+    Upgraded(Status),
     /// To an Inspect. The manifest comes along.
     Manifest(ManifestSummary),
     /// The request was not granted.
@@ -276,7 +278,7 @@ pub enum FailureCode {
 
 /// The names of [`Request`]'s own variants, and of [`Reply`]'s.
 const REQUESTS: &[&str] = &["Ping", "Status", "Quit", "Takeover", "Upgrade", "Inspect"];
-const REPLIES: &[&str] = &["Pong", "Bye", "Status", "Takeover", "Checked", "Manifest", "Error"];
+const REPLIES: &[&str] = &["Pong", "Bye", "Status", "Takeover", "Checked", "Upgraded", "Manifest", "Error"];
 
 impl<A: DeserializeOwned> Request<A> {
     /// Reads one line, without its newline: our own requests first, then the application's.
@@ -366,6 +368,7 @@ impl Reply {
             Reply::Status(status) => serde_json::json!({ "Status": status }),
             Reply::Takeover(welcome) => serde_json::json!({ "Takeover": welcome }),
             Reply::Checked(checked) => serde_json::json!({ "Checked": checked }),
+            Reply::Upgraded(status) => serde_json::json!({ "Upgraded": status }),
             Reply::Manifest(summary) => serde_json::json!({ "Manifest": summary }),
             Reply::Error(failure) => serde_json::json!({ "Error": failure }),
             Reply::Application(value) => value.clone(),
@@ -386,6 +389,7 @@ impl Reply {
             Status(Status),
             Takeover(Welcome),
             Checked(Checked),
+            Upgraded(Status),
             Manifest(ManifestSummary),
             Error(Failure),
         }
@@ -400,6 +404,7 @@ impl Reply {
             Own::Status(status) => Reply::Status(status),
             Own::Takeover(welcome) => Reply::Takeover(welcome),
             Own::Checked(checked) => Reply::Checked(checked),
+            Own::Upgraded(status) => Reply::Upgraded(status),
             Own::Manifest(summary) => Reply::Manifest(summary),
             Own::Error(failure) => Reply::Error(failure),
         })

@@ -43,6 +43,36 @@ pub struct Status {
     pub takeover_running: bool,
     /// How the last takeover went, if there was any.
     pub last_takeover: Option<LastTakeover>,
+    /// What a supervisor supervises.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub supervised: Option<Supervised>,
+}
+
+/// The program that a supervisor keeps running.
+///
+/// ```
+/// let supervised: heirloom::control::Supervised =
+///     serde_json::from_str(r#"{"command": ["/bin/echod"], "state": "ready", "pid": 12}"#)?;
+/// assert_eq!(supervised.refused, [""; 0]);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Supervised {
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// Its main process, if there is one at the moment.
+    pub pid: Option<u32>,
+    /// In one word what it does: `starting`, `ready`, `reloading`, `stopping`, `waiting` (to be started again) …
+    pub state: String,
+    /// What it says of itself (`STATUS=` of `sd_notify(3)`).
+    pub text: String,
+    /// How it ended the last time, if it has.
+    pub ended: Option<String>,
+    /// How many descriptors may be stored at most.
+    pub limit: u64,
+    /// What was refused last, the newest at the end.
+    pub refused: Vec<String>,
 }
 
 /// One item of the bundle.
@@ -52,6 +82,7 @@ pub struct Status {
 ///     id: 3,
 ///     name: "listener".to_owned(),
 ///     kind: "tcp-listener".to_owned(),
+///     put_by: None,
 /// };
 /// assert_eq!(serde_json::to_string(&item)?, r#"{"id":3,"name":"listener","kind":"tcp-listener"}"#);
 /// # Ok::<(), serde_json::Error>(())
@@ -65,6 +96,9 @@ pub struct ItemStatus {
     pub name: String,
     /// The name of its kind.
     pub kind: String,
+    /// The process that put it into an fd store.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub put_by: Option<u32>,
 }
 
 /// How a takeover went, as told by the one who serves now.

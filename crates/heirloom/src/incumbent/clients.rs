@@ -110,6 +110,10 @@ impl<A> Incumbent<A> {
             };
             match request {
                 Ok(Request::Ping) => self.reply(id, Reply::Pong.to_line()),
+                Ok(Request::Status) if self.config.delegate.status => self.delegate(id, Notice::Status(id)),
+                Ok(Request::Upgrade(request)) if self.config.delegate.upgrade => {
+                    self.delegate(id, Notice::Upgrade(id, request));
+                }
                 Ok(Request::Status) => {
                     let status = self.status();
                     self.reply(id, Reply::Status(status).to_line());
@@ -127,10 +131,7 @@ impl<A> Incumbent<A> {
                     self.inspectors.push(id);
                 }
                 Ok(Request::Application(request)) => {
-                    if let Some(connection) = self.connections.get_mut(&id) {
-                        connection.waiting = true;
-                    }
-                    self.notices.push_back(Notice::Request(id, request));
+                    self.delegate(id, Notice::Request(id, request));
                 }
                 Err(error) => {
                     let code = match &error {
@@ -148,6 +149,14 @@ impl<A> Incumbent<A> {
             }
         }
         self.settle(id);
+    }
+
+    /// Leaves the answer to the application. Until it comes the connection's further lines wait.
+    fn delegate(&mut self, id: ConnectionId, notice: Notice<A>) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.waiting = true;
+        }
+        self.notices.push_back(notice);
     }
 
     /// Closes a connection that has ended, or waits for what it wants next.

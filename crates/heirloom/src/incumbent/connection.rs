@@ -13,7 +13,7 @@ use crate::descriptors::{Wait, receive_with, send_with};
 use crate::limits::Limits;
 use crate::peer::Peer;
 
-/// How much may wait to be sent to a client that does not read, in bytes.
+/// How much may wait to be sent to a client that does not read, in bytes. One reply may be longer.
 const MAX_UNSENT: usize = 1 << 20;
 
 /// Names a connection at the control socket, for as long as it lives.
@@ -97,7 +97,7 @@ impl Connection {
     /// Queues bytes, with descriptors beside the first of them, and sends what can be sent at once.
     pub(super) fn send(&mut self, bytes: Vec<u8>, descriptors: Vec<OwnedFd>) {
         let waiting: usize = self.unsent.iter().map(|(bytes, _)| bytes.len()).sum();
-        if waiting + bytes.len() > MAX_UNSENT {
+        if waiting > 0 && waiting + bytes.len() > MAX_UNSENT {
             self.ended = true;
             return;
         }

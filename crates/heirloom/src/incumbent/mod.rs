@@ -12,6 +12,7 @@ mod admission;
 mod asked;
 mod clients;
 mod connection;
+mod delegated;
 mod standby;
 mod turn;
 mod upgrade;
@@ -38,13 +39,14 @@ use crate::manifest::ServiceRecord;
 use crate::protocol::{self, IncumbentOutcome};
 use crate::service::Service;
 use crate::transport::socket::takeover::{Takeover, Task, Want};
-use crate::upgrade::Launch;
+use crate::upgrade::{Launch, Upgrade};
 use connection::Connection;
 use turn::Audience;
 use upgrade::{CHECK, Running, STARTED};
 
 pub use asked::Asked;
 pub use connection::ConnectionId;
+pub use delegated::{Delegated, StatusAsked, UpgradeAsked};
 pub(crate) use standby::Standby;
 pub use turn::{Batch, Freeze, HandoverError, Offer, Outcome, TakenBy, Turn};
 
@@ -87,7 +89,7 @@ const FIRST_CONNECTION: u64 = 16;
 ///         },
 ///         Turn::Request(asked) => asked.refuse("not here"),
 ///         Turn::Quit(_) => return Ok(()),
-///         Turn::Closed(_) => {}
+///         Turn::Closed(_) | Turn::Delegated(_) => {}
 ///     }
 /// }
 /// # Ok(()) }
@@ -126,6 +128,8 @@ enum Notice<A> {
     Request(ConnectionId, A),
     Quit(ConnectionId),
     Closed(ConnectionId),
+    Status(ConnectionId),
+    Upgrade(ConnectionId, Upgrade),
 }
 
 impl<A> Incumbent<A> {
@@ -170,6 +174,19 @@ impl<A> Incumbent<A> {
                 Ok(Turn::Quit(connection))
             }
             Some(Notice::Closed(connection)) => Ok(Turn::Closed(connection)),
+            Some(Notice::Status(connection)) => Ok(Turn::Delegated(Delegated::Status(StatusAsked {
+                incumbent: self,
+                connection,
+                answered: false,
+            }))),
+            Some(Notice::Upgrade(connection, request)) => {
+                Ok(Turn::Delegated(Delegated::Upgrade(UpgradeAsked {
+                    incumbent: self,
+                    connection,
+                    request,
+                    answered: false,
+                })))
+            }
             None => Ok(Turn::Idle),
         }
     }
@@ -434,7 +451,7 @@ impl<A> Incumbent<A> {
     pub fn set_items(&mut self, items: impl IntoIterator<Item = (ItemId, String, Kind)>) {
         self.items = items
             .into_iter()
-            .map(|(id, name, kind)| ItemStatus { id: id.0, name, kind: kind.to_string() })
+            .map(|(id, name, kind)| ItemStatus { id: id.0, name, kind: kind.to_string(), put_by: None })
             .collect();
     }
 
@@ -453,6 +470,7 @@ impl<A> Incumbent<A> {
             counters: self.record.counters.clone(),
             takeover_running: self.takeover_running(),
             last_takeover: self.last_takeover.clone(),
+            supervised: None,
         }
     }
 

@@ -12,6 +12,7 @@ use std::time::Instant;
 use super::Incumbent;
 use super::asked::Asked;
 use super::connection::{ConnectionId, failure};
+use super::delegated::Delegated;
 use crate::bundle::Bundle;
 use crate::clock;
 use crate::control::request::{FailureCode, ManifestSummary, NoRequests, Reply};
@@ -54,6 +55,8 @@ pub enum Turn<'i, A = NoRequests> {
     Quit(ConnectionId),
     /// A connection that the application [watches](Asked::watch) has ended.
     Closed(ConnectionId),
+    /// A request that the application answers itself: only where [`Config::delegate`](crate::Config::delegate) says so.
+    Delegated(Delegated<'i, A>),
 }
 
 /// How a frozen takeover ended.
@@ -193,6 +196,11 @@ impl<A> Offer<'_, A> {
         let encoded = written.encode(&incumbent.config.limits);
         let ids = written.items.iter().map(|entry| entry.id).collect();
         incumbent.offer(encoded, ids)
+    }
+
+    /// Whether it is for a successor, another process, that asks for everything.
+    pub fn is_for_successor(&self) -> bool {
+        matches!(self.audience, Audience::Successor)
     }
 
     /// Refuses: whoever wanted it is told why.

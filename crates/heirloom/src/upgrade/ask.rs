@@ -27,6 +27,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// match ask(&nowhere, Upgrade::default(), Duration::from_secs(60)) {
 ///     Ok(Upgraded::Replaced { before, now }) => println!("pid {} became {}", before.pid, now.pid),
 ///     Ok(Upgraded::Checked(checked)) => println!("{} could take over", checked.version),
+///     Ok(Upgraded::Supervised { now, .. }) => println!("its command runs as {:?}", now.supervised),
 ///     Err(AskError::Client(error)) => println!("{error}"),
 ///     Err(error) => println!("not upgraded: {error}"),
 /// }
@@ -42,6 +43,13 @@ pub enum Upgraded {
     },
     /// A dry run: the new program could take over.
     Checked(Checked),
+    /// What a supervisor supervises has been upgraded; the supervisor is the same.
+    Supervised {
+        /// What the supervisor said before.
+        before: Box<Status>,
+        /// What it says now.
+        now: Box<Status>,
+    },
 }
 
 /// Why there was no upgrade.
@@ -113,6 +121,7 @@ pub fn ask(path: &Path, mut request: Upgrade, patience: Duration) -> Result<Upgr
     client.set_timeout(patience);
     match client.request(&Request::<NoRequests>::Upgrade(request)) {
         Ok(Reply::Checked(checked)) => Ok(Upgraded::Checked(checked)),
+        Ok(Reply::Upgraded(now)) => Ok(Upgraded::Supervised { before: Box::new(before), now: Box::new(now) }),
         Ok(Reply::Error(failure)) if failure.code == FailureCode::Unknown => {
             let Status { program, version, .. } = before;
             Err(AskError::Older { program, version })

@@ -28,6 +28,9 @@ pub struct Upgrade {
     pub in_place: bool,
     /// Only find out whether the new program could take over.
     pub dry_run: bool,
+    /// Asked of a supervisor: upgrade the supervisor itself, and not what it supervises.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub itself: bool,
     /// The generation that is to be replaced: if another one serves by now, the request is refused.
     pub generation: Option<u64>,
 }

@@ -75,6 +75,7 @@ fn lines() -> Seeds {
         arguments: Some(vec!["chat".into(), "ü\n".into()]),
         in_place: true,
         dry_run: true,
+        itself: false,
         generation: Some(u64::MAX),
     };
     let requests = [
@@ -94,7 +95,7 @@ fn lines() -> Seeds {
     let status = Status {
         name: "chat".into(),
         pid: 12,
-        items: vec![ItemStatus { id: 1, name: "listener".into(), kind: "tcp-listener".into() }],
+        items: vec![ItemStatus { id: 1, name: "listener".into(), kind: "tcp-listener".into(), put_by: None }],
         counters: BTreeMap::from([("bytes_in".into(), u64::MAX)]),
         last_takeover: Some(LastTakeover { outcome: "taken".into(), ..LastTakeover::default() }),
         ..Status::default()

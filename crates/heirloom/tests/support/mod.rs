@@ -153,7 +153,7 @@ pub(crate) fn serve(mut incumbent: Incumbent, bundle: Bundle) -> TakenBy {
                     Outcome::Resumed(_) => {}
                     Outcome::Superseded(why) => panic!("a third process serves: {why}"),
                 },
-                Turn::Request(_) | Turn::Closed(_) => {}
+                Turn::Request(_) | Turn::Closed(_) | Turn::Delegated(_) => {}
                 Turn::Quit(_) => panic!("nobody asks it to quit"),
             }
         }

@@ -284,7 +284,7 @@ impl Server {
                     continue;
                 }
                 Turn::Quit(_) => Notice::Quit,
-                Turn::Closed(_) => continue,
+                Turn::Closed(_) | Turn::Delegated(_) => continue,
             };
             let next = match notice {
                 Notice::Thawed(outcome) => thaw(outcome)?,

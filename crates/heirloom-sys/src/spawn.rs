@@ -1,0 +1,402 @@
+//! A new process that gets descriptors under consecutive numbers: fork(2), and execve(2) in the child.
+//!
+//! std's `Command` cannot place descriptors, and its `pre_exec` would be unsafe code elsewhere. Between fork and exec the
+//! child makes system calls alone: everything that needs memory is made ready before, since another thread may hold the
+//! allocator's lock for ever in the child.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use crate::SignalMask;
+use crate::mask::to_set;
+
+/// The number of the first descriptor that is passed, as `sd_listen_fds(3)` has it.
+pub const FIRST_PASSED: i32 = 3;
+
+/// Room for a process id in decimal, and a null byte.
+const PID_ROOM: usize = 11;
+
+/// What to start, and with what.
+///
+/// ```
+/// use std::os::fd::AsFd;
+///
+/// let null = std::fs::File::open("/dev/null")?;
+/// let spawn = heirloom_sys::Spawn {
+///     program: c"/bin/sh",
+///     arguments: &[c"sh".into(), c"-c".into(), c"test $LISTEN_PID = $$ && test -e /proc/self/fd/3".into()],
+///     environment: &[c"LISTEN_FDS=1".into()],
+///     pid_variables: &[c"LISTEN_PID"],
+///     descriptors: &[null.as_fd()],
+///     signal_mask: heirloom_sys::SignalMask(0),
+///     open_files: None,
+/// };
+/// let pid = heirloom_sys::spawn(&spawn).map_err(|failure| failure.source)?;
+/// assert!(pid > 1);
+/// # let pid = rustix::process::Pid::from_raw(pid as i32);
+/// # let (_, status) = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty())?.unwrap();
+/// # assert_eq!(status.exit_status(), Some(0));
+/// # std::io::Result::Ok(())
+/// ```
+#[derive(Debug)]
+pub struct Spawn<'a> {
+    /// The file to run; it is not looked for along `PATH`.
+    pub program: &'a CStr,
+    /// Its arguments, its own name first.
+    pub arguments: &'a [CString],
+    /// Its environment, `NAME=value` each.
+    pub environment: &'a [CString],
+    /// Names of variables whose value is the new process's own id.
+    pub pid_variables: &'a [&'a CStr],
+    /// What it gets as descriptors 3, 4, 5 … Standard input, output and error are this process's; nothing else that is
+    /// close-on-exec reaches it.
+    pub descriptors: &'a [BorrowedFd<'a>],
+    /// Its signal mask.
+    pub signal_mask: SignalMask,
+    /// Its soft and hard limit on open files, unless they are to stay as they are.
+    pub open_files: Option<(u64, u64)>,
+}
+
+/// Why nothing was started.
+///
+/// ```
+/// let failure = heirloom_sys::SpawnFailure { stage: heirloom_sys::SpawnStage::Exec, source: std::io::ErrorKind::NotFound.into() };
+/// assert_eq!(failure.source.kind(), std::io::ErrorKind::NotFound);
+/// ```
+#[derive(Debug)]
+pub struct SpawnFailure {
+    /// How far it came.
+    pub stage: SpawnStage,
+    /// What the system says.
+    pub source: io::Error,
+}
+
+/// How far a [`spawn`] came.
+///
+/// ```
+/// assert_ne!(heirloom_sys::SpawnStage::Fork, heirloom_sys::SpawnStage::Exec);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpawnStage {
+    /// There is no new process.
+    Fork,
+    /// It could not get what it was to have: descriptors, limits.
+    Prepare,
+    /// It could not become the program.
+    Exec,
+}
+
+/// Starts a process, and returns its id once it has become the program.
+///
+/// In it every signal has its default action but those that this process ignores, SIGPIPE excepted, which Rust programs
+/// ignore and others do not expect to be. It has to be waited for, as any child. On an error there is no child left.
+pub fn spawn(spawn: &Spawn<'_>) -> Result<u32, SpawnFailure> {
+    let failure = |stage| move |source| SpawnFailure { stage, source };
+    let passed = spawn.descriptors.len() as i32;
+    let (reader, writer) = pipe_above(FIRST_PASSED + passed).map_err(failure(SpawnStage::Fork))?;
+    let moves = Moves::plan(spawn.descriptors, writer.as_raw_fd());
+
+    let mut pid_strings: Vec<Vec<u8>> =
+        spawn.pid_variables.iter().map(|name| [name.to_bytes(), b"=", &[0; PID_ROOM]].concat()).collect();
+    let pid_places: Vec<*mut u8> = pid_strings
+        .iter_mut()
+        .map(|string| {
+            let start = string.len() - PID_ROOM;
+            string[start..].as_mut_ptr()
+        })
+        .collect();
+    let arguments = pointers(spawn.arguments.iter().map(|string| string.as_ptr()));
+    let environment = pointers(
+        spawn
+            .environment
+            .iter()
+            .map(|string| string.as_ptr())
+            .chain(pid_strings.iter().map(|string| string.as_ptr().cast())),
+    );
+    let mask = to_set(spawn.signal_mask);
+    let limit = spawn.open_files.map(|(soft, hard)| libc::rlimit {
+        rlim_cur: soft.min(libc::RLIM_INFINITY as u64) as libc::rlim_t,
+        rlim_max: hard.min(libc::RLIM_INFINITY as u64) as libc::rlim_t,
+    });
+
+    // SAFETY: what the child does until it execs or exits is in `become_program`, which makes system calls alone.
+    let pid = unsafe { libc::fork() };
+    match pid {
+        -1 => Err(failure(SpawnStage::Fork)(io::Error::last_os_error())),
+        0 => {
+            let prepared = Prepared {
+                program: spawn.program,
+                arguments: &arguments,
+                environment: &environment,
+                pid_places: &pid_places,
+                moves: &moves,
+                mask: &mask,
+                limit: limit.as_ref(),
+                report: writer.as_raw_fd(),
+            };
+            // SAFETY: this is the child of a fork, and its only thread; every pointer is to what was made ready above,
+            // which nobody frees since this does not return.
+            unsafe { become_program(&prepared) }
+        }
+        pid => {
+            drop(writer);
+            match read_report(reader) {
+                None => Ok(pid as u32),
+                Some((stage, errno)) => {
+                    // SAFETY: waits for the child that was just made and exits by itself; no status is wanted.
+                    while unsafe { libc::waitpid(pid, ptr::null_mut(), 0) } == -1
+                        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+                    {
+                    }
+                    Err(SpawnFailure { stage, source: io::Error::from_raw_os_error(errno) })
+                }
+            }
+        }
+    }
+}
+
+fn pointers(strings: impl Iterator<Item = *const libc::c_char>) -> Vec<*const libc::c_char> {
+    strings.chain([ptr::null()]).collect()
+}
+
+/// A pipe, close-on-exec, whose writing end is numbered at least `least`.
+fn pipe_above(least: i32) -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut ends = [0; 2];
+    // SAFETY: the array has room for the two numbers that the kernel writes.
+    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: both descriptors are new, and nobody else owns them.
+    let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
+    // SAFETY: duplicates a descriptor that is borrowed here; no memory is touched.
+    let above = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) };
+    if above == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the duplicate is new, and nobody else owns it.
+    Ok((reader, unsafe { OwnedFd::from_raw_fd(above) }))
+}
+
+/// The dup2(2) calls that put every descriptor where it belongs, in an order in which none overwrites what is still
+/// needed.
+#[derive(Debug, Default)]
+struct Moves {
+    /// From, to.
+    steps: Vec<(i32, i32)>,
+    /// Those that are where they belong, and only lose close-on-exec.
+    stay: Vec<i32>,
+}
+
+impl Moves {
+    /// `spare` is a number above all targets, used to break cycles. Its own descriptor is moved as well as any other, so
+    /// it is the number *after* it that is overwritten.
+    fn plan(descriptors: &[BorrowedFd<'_>], spare: i32) -> Moves {
+        let sources: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        Moves::of(&sources, spare + 1)
+    }
+
+    fn of(sources: &[i32], spare: i32) -> Moves {
+        let targets = FIRST_PASSED..FIRST_PASSED + sources.len() as i32;
+        let index = |number: i32| (number - FIRST_PASSED) as usize;
+        // How many moves still read each target's present descriptor.
+        let mut readers = vec![0u32; sources.len()];
+        let mut moves = Moves::default();
+        let mut pending: Vec<Option<i32>> = Vec::with_capacity(sources.len());
+        for (target, &source) in targets.clone().zip(sources) {
+            if source == target {
+                moves.stay.push(target);
+                pending.push(None);
+                continue;
+            }
+            if targets.contains(&source) {
+                readers[index(source)] += 1;
+            }
+            pending.push(Some(source));
+        }
+        // A target that nobody reads any more can be written; that may free the one that it is written from.
+        let mut free: Vec<i32> = targets.clone().filter(|&target| readers[index(target)] == 0).collect();
+        let settle =
+            |free: &mut Vec<i32>, pending: &mut [Option<i32>], readers: &mut [u32], moves: &mut Moves| {
+                while let Some(target) = free.pop() {
+                    let Some(source) = pending[index(target)].take() else { continue };
+                    moves.steps.push((source, target));
+                    if targets.contains(&source) {
+                        readers[index(source)] -= 1;
+                        if readers[index(source)] == 0 {
+                            free.push(source);
+                        }
+                    }
+                }
+            };
+        settle(&mut free, &mut pending, &mut readers, &mut moves);
+        // What is left is cycles: one of each is put aside.
+        for target in targets.clone() {
+            if pending[index(target)].is_none() {
+                continue;
+            }
+            moves.steps.push((target, spare));
+            for source in pending.iter_mut().flatten() {
+                if *source == target {
+                    *source = spare;
+                }
+            }
+            readers[index(target)] = 0;
+            free.push(target);
+            settle(&mut free, &mut pending, &mut readers, &mut moves);
+        }
+        moves
+    }
+}
+
+/// Everything that the child needs, made before the fork.
+struct Prepared<'a> {
+    program: &'a CStr,
+    arguments: &'a [*const libc::c_char],
+    environment: &'a [*const libc::c_char],
+    pid_places: &'a [*mut u8],
+    moves: &'a Moves,
+    mask: &'a libc::sigset_t,
+    limit: Option<&'a libc::rlimit>,
+    report: i32,
+}
+
+/// Becomes the program, or reports why not and exits.
+///
+/// # Safety
+///
+/// Only in the child of a fork. Every pointer is valid, the arrays of pointers end with null, and each of `pid_places` has
+/// room for [`PID_ROOM`] bytes.
+unsafe fn become_program(prepared: &Prepared<'_>) -> ! {
+    // SAFETY: system calls that are allowed in the child of a fork (signal-safety(7)), with arguments as the caller promises.
+    unsafe {
+        let fail = |stage: u8| -> ! {
+            let errno = *libc::__errno_location();
+            let mut report = [stage, 0, 0, 0, 0];
+            report[1..].copy_from_slice(&errno.to_ne_bytes());
+            libc::write(prepared.report, report.as_ptr().cast(), report.len());
+            libc::_exit(127)
+        };
+        // First: afterwards there may be no room for the spare number.
+        for &(from, to) in &prepared.moves.steps {
+            if libc::dup2(from, to) == -1 {
+                fail(1);
+            }
+        }
+        // The spare number is left behind by a cycle, and would be inherited.
+        if prepared.moves.steps.iter().any(|&(_, to)| to == prepared.report + 1) {
+            libc::close(prepared.report + 1);
+        }
+        for &number in &prepared.moves.stay {
+            if libc::fcntl(number, libc::F_SETFD, 0) == -1 {
+                fail(1);
+            }
+        }
+        if let Some(limit) = prepared.limit
+            && libc::setrlimit(libc::RLIMIT_NOFILE, limit) == -1
+        {
+            fail(1);
+        }
+        let pid = libc::getpid() as u32;
+        for &place in prepared.pid_places {
+            write_decimal(place, pid);
+        }
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        if libc::sigprocmask(libc::SIG_SETMASK, prepared.mask, ptr::null_mut()) == -1 {
+            fail(1);
+        }
+        libc::execve(prepared.program.as_ptr(), prepared.arguments.as_ptr(), prepared.environment.as_ptr());
+        fail(2)
+    }
+}
+
+/// Writes a number and a null byte.
+///
+/// # Safety
+///
+/// There is room for [`PID_ROOM`] bytes.
+unsafe fn write_decimal(place: *mut u8, mut number: u32) {
+    let mut digits = [0u8; PID_ROOM];
+    let mut start = PID_ROOM - 1;
+    loop {
+        start -= 1;
+        digits[start] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    // SAFETY: at most PID_ROOM bytes, null byte included, to where the caller says that there is room for them.
+    unsafe { ptr::copy_nonoverlapping(digits[start..].as_ptr(), place, PID_ROOM - start) };
+}
+
+/// What the child reports: nothing, if it became the program.
+fn read_report(reader: OwnedFd) -> Option<(SpawnStage, i32)> {
+    let mut report = [0u8; 1 + mem::size_of::<i32>()];
+    loop {
+        // SAFETY: the buffer is as long as said.
+        let count = unsafe { libc::read(reader.as_raw_fd(), report.as_mut_ptr().cast(), report.len()) };
+        if count == -1 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
+            continue;
+        }
+        if count != report.len() as isize {
+            return None;
+        }
+        let stage = if report[0] == 1 { SpawnStage::Prepare } else { SpawnStage::Exec };
+        let [_, errno @ ..] = report;
+        return Some((stage, i32::from_ne_bytes(errno)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// Plays the steps on a table of descriptors, and looks whether each target has what it was to get.
+    fn check(sources: &[i32]) {
+        const SPARE: i32 = 1000;
+        let moves = Moves::of(sources, SPARE);
+        let mut table: BTreeMap<i32, i32> = (0..500).map(|number| (number, number)).collect();
+        for &(from, to) in &moves.steps {
+            let moved = table[&from];
+            table.insert(to, moved);
+        }
+        for (target, source) in (FIRST_PASSED..).zip(sources) {
+            assert_eq!(table[&target], *source, "{sources:?}: {moves:?}");
+        }
+    }
+
+    #[test]
+    fn every_descriptor_gets_to_its_place() {
+        check(&[]);
+        check(&[3, 4, 5]);
+        check(&[4, 5, 6]);
+        check(&[5, 4, 3]);
+        check(&[4, 3, 6, 5, 9]);
+        check(&[4, 5, 3, 4, 4]);
+        check(&[7, 7, 3, 3, 0]);
+        // Every way to arrange five numbers on five places.
+        for code in 0..5u32.pow(5) {
+            let sources: Vec<i32> = (0..5).map(|place| (code / 5u32.pow(place) % 5) as i32 + 3).collect();
+            check(&sources);
+        }
+        // A long cycle.
+        let around: Vec<i32> = (4..300).chain([3]).collect();
+        check(&around);
+    }
+
+    #[test]
+    fn a_number_is_written_in_decimal() {
+        for number in [0, 1, 9, 10, 4_294_967_295] {
+            let mut place = [b'x'; PID_ROOM];
+            // SAFETY: the array is as long as it has to be.
+            unsafe { write_decimal(place.as_mut_ptr(), number) };
+            let written = CStr::from_bytes_until_nul(&place).unwrap();
+            assert_eq!(written.to_str().unwrap(), number.to_string());
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! `spawn` with real programs: what they find under which number, and how a failure is told.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{Read, pipe};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use heirloom_sys::{SignalMask, Spawn, SpawnStage, spawn};
+use rustix::process::{Pid, WaitOptions, waitpid};
+
+fn shell(script: &str) -> Vec<CString> {
+    ["sh", "-c", script].map(|word| CString::new(word).unwrap()).into()
+}
+
+fn wait(pid: u32) -> i32 {
+    let pid = Pid::from_raw(pid as i32).unwrap();
+    let (_, status) = waitpid(Some(pid), WaitOptions::empty()).unwrap().unwrap();
+    status.exit_status().unwrap_or(-1)
+}
+
+#[test]
+fn descriptors_come_in_their_order_however_they_are_numbered_here() {
+    let mut pipes: Vec<_> = (0..20).map(|_| pipe().unwrap()).collect();
+    // Backwards, each twice, so that the numbers go every way.
+    let order: Vec<usize> = (0..20).rev().chain(0..20).collect();
+    let descriptors: Vec<BorrowedFd<'_>> = order.iter().map(|&index| pipes[index].1.as_fd()).collect();
+    let mut script = String::new();
+    for (place, index) in order.iter().enumerate() {
+        script += &format!("echo {index} >/proc/self/fd/{}\n", place + 3);
+    }
+    script += "test $LISTEN_PID = $$ || exit 7; test -e /proc/self/fd/43 && exit 8; exit 0";
+    let arguments = shell(&script);
+    let pid = spawn(&Spawn {
+        program: c"/bin/sh",
+        arguments: &arguments,
+        environment: &[],
+        pid_variables: &[c"WATCHDOG_PID", c"LISTEN_PID"],
+        descriptors: &descriptors,
+        signal_mask: SignalMask(0),
+        open_files: Some((64, 128)),
+    })
+    .unwrap();
+    assert_eq!(wait(pid), 0);
+    for (index, (mut reader, writer)) in pipes.drain(..).enumerate() {
+        drop(writer);
+        let mut said = String::new();
+        reader.read_to_string(&mut said).unwrap();
+        assert_eq!(said, format!("{index}\n{index}\n"));
+    }
+}
+
+#[test]
+fn a_failure_says_how_far_it_came_and_leaves_no_child() {
+    let null = File::open("/dev/null").unwrap();
+    let call = |program, open_files| {
+        spawn(&Spawn {
+            program,
+            arguments: &[],
+            environment: &[],
+            pid_variables: &[],
+            descriptors: &[null.as_fd()],
+            signal_mask: SignalMask(0),
+            open_files,
+        })
+        .unwrap_err()
+    };
+    let nowhere = call(c"/nowhere/at all", None);
+    assert_eq!((nowhere.stage, nowhere.source.raw_os_error()), (SpawnStage::Exec, Some(2)));
+    let directory = call(c"/", None);
+    assert_eq!((directory.stage, directory.source.raw_os_error()), (SpawnStage::Exec, Some(13)));
+    let limit = call(c"/bin/true", Some((2, 1)));
+    assert_eq!((limit.stage, limit.source.raw_os_error()), (SpawnStage::Prepare, Some(22)));
+}
