@@ -254,6 +254,47 @@ fn replaced_with_bytes_in_the_pipes_and_killed() {
     assert!(!log.contains("closed an item"), "{log}");
 }
 
+/// As in `>>log 2>&1`: what the supervisor and the chats log comes between, and is no part of what was appended.
+#[test]
+fn appended_to_a_file_to_which_others_append() {
+    let scratch = Scratch::new();
+    let path = scratch.path("log");
+    let log = || File::options().append(true).create(true).open(&path).expect("a file");
+    let mut chat = Supervised::start_by(|run| {
+        // Through a shell that becomes it, as a `Process` has a stderr of its own.
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "exec \"$@\" 2>&1", "sh"]).arg(run.get_program()).args(run.get_args());
+        Process::start_between(&mut shell, Stdio::null(), log())
+    });
+    let sender = Sender::start(chat.server(), at_least() / 4);
+    chat.kill_often();
+    let sent = sender.finish();
+    let appended = || without_log(&std::fs::read(&path).expect("it is there"));
+    wait_for("everything in the file", || {
+        path.metadata().is_ok_and(|file| file.len() >= sent.len() as u64) && appended().0.len() >= sent.len()
+    });
+    chat.stop();
+    let (appended, logged) = appended();
+    assert_same(&appended, &sent);
+    assert!(logged > KILLS, "{logged} lines of a log");
+}
+
+/// What is left of a file without the lines of a log, which begin with the time, and how many they were. There is no
+/// hyphen but in those.
+fn without_log(file: &[u8]) -> (Vec<u8>, u64) {
+    const YEAR: usize = 4;
+    let (mut rest, mut left, mut lines) = (file, Vec::new(), 0);
+    while let Some(hyphen) = rest.iter().position(|byte| *byte == b'-') {
+        let end =
+            rest[hyphen..].iter().position(|byte| *byte == b'\n').map_or(rest.len(), |end| hyphen + end + 1);
+        left.extend_from_slice(&rest[..hyphen - YEAR]);
+        rest = &rest[end..];
+        lines += 1;
+    }
+    left.extend_from_slice(rest);
+    (left, lines)
+}
+
 /// It would lose what is in the pipes, and leave behind a store with what is no longer so.
 #[test]
 fn a_program_that_knows_no_pipes_is_refused() {

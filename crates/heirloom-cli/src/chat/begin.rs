@@ -10,12 +10,12 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::Context;
-use heirloom::store::{LEDGER_NAME, Restored, Store, restore};
+use heirloom::store::{Activated, LEDGER_NAME, Restored, Store, activated, restore};
 use heirloom::{Bundle, ItemId, Limits, TakenItem, Typed};
 
-use super::append::Note;
 use super::items::{End, Items, Part};
 use super::kept::{Kept, Saved};
+use super::note::Note;
 use super::pump::{self, Pipes, Pump, PumpState};
 use super::stdio::{Input, Output};
 use crate::failure::Failure;
@@ -49,9 +49,7 @@ impl Beginning {
     pub(super) fn fresh(control: &Path) -> Result<Self, Failure> {
         let Restored { bundle, activated, store } = restore(Some(control), &Limits::default())
             .context("cannot go on with what is in the store; it is still there")?;
-        for activated in activated {
-            tracing::warn!(name = activated.name, "closed a descriptor that this program has no use for");
-        }
+        close(activated);
         let saved = Saved::read(&bundle).context("cannot read the state in the store; it is still there")?;
         let left = Left::take(bundle, saved.connection_id());
         let mut state = saved.until_now(left.socket.as_ref());
@@ -94,6 +92,8 @@ impl Beginning {
     }
 
     fn handed_over(state: PumpState, mut left: Left, control: &Path) -> Self {
+        // A supervisor that has started this process beside one that serves gives it what is stored: it comes from that one.
+        close(activated().unwrap_or_default());
         let ledger = left.ledger.take();
         let store = Store::resume(ledger, Some(control), &Limits::default()).unwrap_or_else(|error| {
             tracing::error!(%error, "serving without a store: a kill would end the connection");
@@ -123,11 +123,11 @@ impl Beginning {
             }
         };
         if let Some(pipes) = &mut pipes
-            && output.appends()
+            && output.wants_note()
         {
             let note = left.note.take().map_or_else(Note::new, |note| Ok(Note::adopt(note)));
             output.keep_note(note.context("cannot make a memfd")?);
-            output.settle(&mut pipes.from_server).context("cannot find out what was appended to stdout")?;
+            output.settle(&mut pipes.from_server).context("cannot find out what was written to stdout")?;
         }
         let socket = left.socket.take();
         let stale = mem::take(&mut left.stale);
@@ -140,6 +140,13 @@ impl Beginning {
         });
         let config = pump::Config { addresses, input, output, pipes };
         Ok((Pump::resume(config, state, socket), items, kept))
+    }
+}
+
+/// Closes descriptors that came from a supervisor and are not the client's: a duplicate would hide the end of a connection.
+fn close(activated: Vec<Activated>) {
+    for Activated { name, .. } in activated {
+        tracing::warn!(name, "closed a descriptor that this process has no use for");
     }
 }
 

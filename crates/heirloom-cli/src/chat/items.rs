@@ -20,7 +20,7 @@ pub(super) enum Part {
     FromStdin(End),
     Stdin,
     Stdout,
-    /// The note of what is being appended to stdout.
+    /// The note of what is being written to stdout.
     Note,
 }
 
@@ -51,7 +51,7 @@ impl Part {
             Part::FromStdin(_) => "from-stdin",
             Part::Stdin => "stdin",
             Part::Stdout => "stdout",
-            Part::Note => "appending",
+            Part::Note => "note",
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the client keeps in the store, so that a process that is killed takes nothing with it.
 //!
-//! Kept are the connection, both ends of the two pipes, stdin, stdout and the note of what is being appended; and the state, in
+//! Kept are the connection, both ends of the two pipes, stdin, stdout and the note of what is being written; and the state, in
 //! which there are no bytes on their way. All of it is compared with the pump between two turns: what is new is put, what
 //! has ended is removed. Until the store holds them, neither the streams nor the connection is touched.
 //!

@@ -4,7 +4,6 @@
 //! old one has read and not yet written, and the old one ends. The server notices nothing; the outputs of all of them,
 //! one after the other, are what the server sent, byte for byte.
 
-mod append;
 mod begin;
 mod buffer;
 mod bytes;
@@ -14,6 +13,7 @@ mod connect;
 mod items;
 mod kept;
 mod listen;
+mod note;
 mod older;
 mod pump;
 mod queue;

@@ -18,7 +18,7 @@
 //!
 //! | | into the conduit | out of the conduit |
 //! |---|---|---|
-//! | file that is appended to (`>>`) | by splice | with a [`Note`] |
+//! | file that is appended to (`>>`), or shared with stderr | by splice | with a [`Note`] |
 //! | anything that splice(2) refuses with EINVAL | read, then pushed | copied and written, then discarded |
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -30,8 +30,8 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2, read, write};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::termios::isatty;
 
-use super::append::Note;
 use super::conduit::Conduit;
+use super::note::Note;
 
 /// The most that is copied at once where splice(2) does not work.
 const COPIED: usize = 4096;
@@ -46,7 +46,7 @@ pub(crate) struct Input {
 pub(crate) struct Output {
     fd: OwnedFd,
     kind: Kind,
-    /// What is being appended, for a process that finds out after a crash.
+    /// What is being written, for a process that finds out after a crash.
     note: Option<Note>,
 }
 
@@ -145,12 +145,14 @@ impl Output {
         Ok(Self { fd, kind, note: None })
     }
 
-    /// Whether it is a file that is appended to: then only a note makes a [`splice`](Output::splice) exact.
-    pub(crate) fn appends(&self) -> bool {
-        self.kind == Kind::File && fcntl_getfl(&self.fd).is_ok_and(|flags| flags.contains(OFlags::APPEND))
+    /// Whether a [`splice`](Output::splice) is exact only with a note: into a file that is appended to, or that stderr goes to as
+    /// well. The place at which splice(2) writes is not guarded against who writes at the same time.
+    pub(crate) fn wants_note(&self) -> bool {
+        let appends = || fcntl_getfl(&self.fd).is_ok_and(|flags| flags.contains(OFlags::APPEND));
+        self.kind == Kind::File && (appends() || is_same_file(&self.fd, io::stderr()))
     }
 
-    /// From now on notes down what is appended.
+    /// From now on notes down what is written.
     pub(crate) fn keep_note(&mut self, note: Note) {
         self.note = Some(note);
     }
@@ -190,9 +192,9 @@ impl Output {
     /// Like [`write`](Output::write), what is in a conduit.
     pub(super) fn splice(&self, from: &mut Conduit) -> Result<usize, WriteError> {
         let result = match &self.note {
-            Some(note) => {
-                note.append(self.fd.as_fd(), from).map_err(|error| Errno::from_io_error(&error).ok_or(error))
-            }
+            Some(note) => note
+                .write_from(self.fd.as_fd(), from)
+                .map_err(|error| Errno::from_io_error(&error).ok_or(error)),
             None => from.drain(&self.fd, self.kind.step()).map_err(Ok),
         };
         match result {
@@ -251,6 +253,11 @@ impl Kind {
             Self::Terminal => 256,
         }
     }
+}
+
+fn is_same_file(a: impl AsFd, b: impl AsFd) -> bool {
+    let identity = |fd: BorrowedFd<'_>| fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+    identity(a.as_fd()).is_some_and(|a| identity(b.as_fd()) == Some(a))
 }
 
 /// A terminal with a non-blocking open file description of our own where we may open it, else `fd` as it is.

@@ -16,7 +16,7 @@ use rustix::net::sockopt::set_socket_linger;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, OptionalActions, OutputModes, tcgetattr, tcsetattr};
 
-use super::super::append::Note;
+use super::super::note::Note;
 use super::super::reconnect::MAX_ERRORS;
 use super::*;
 
@@ -553,7 +553,7 @@ fn from_the_kernel_to_everything_and_back() {
     echoed(stdin(), output(append()), SIZE, |_| written().len());
     assert!(written() == bytes, "appended, without a note");
     let mut noted = output(append());
-    assert!(noted.appends());
+    assert!(noted.wants_note());
     noted.keep_note(Note::new().unwrap());
     echoed(stdin(), noted, SIZE, |_| written().len() - SIZE);
     assert!(written()[SIZE..] == bytes, "appended, with a note");
