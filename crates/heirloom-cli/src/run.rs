@@ -93,8 +93,16 @@ of its own with the same options, heirloom-run.",
     environment: &[
         RUNTIME_DIRECTORY,
         (
-            "NOTIFY_SOCKET, LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID, FDSTORE, WATCHDOG_USEC, WATCHDOG_PID, HEIRLOOM_STORE",
-            "Are set for the command. Its own are not passed on.",
+            "LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID",
+            "Are set for the command: the sockets, and what is stored.",
+        ),
+        (
+            "NOTIFY_SOCKET, FDSTORE, HEIRLOOM_STORE",
+            "Are set for the command: where it speaks, how much it may store, and where it can fetch that.",
+        ),
+        (
+            "WATCHDOG_USEC, WATCHDOG_PID",
+            "Are set for the command if there is a watchdog.",
         ),
     ],
     examples: &[

@@ -24,7 +24,7 @@ pub(crate) struct Args {
     /// Become the new program in place, with the same pid; always so when stdin is a terminal, or for PID 1
     #[arg(long)]
     in_place: bool,
-    /// Of heirloom run: upgrade it itself, in place with all that it holds, and not the command that it runs
+    /// Upgrade heirloom run itself, in place with all that it holds, and not the command that it runs
     #[arg(long = "self")]
     itself: bool,
     /// Only find out whether the new program could take over

@@ -23,7 +23,7 @@ impl Backoff {
             self.failures = 0;
         }
         self.failures = self.failures.saturating_add(1);
-        if self.failures == tries {
+        if tries > 0 && self.failures >= tries {
             return None;
         }
         Some(first.saturating_mul(1 << (self.failures - 1).min(16)).min(LONGEST))

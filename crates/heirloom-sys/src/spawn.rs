@@ -118,8 +118,8 @@ pub fn spawn(spawn: &Spawn<'_>) -> Result<u32, SpawnFailure> {
     );
     let mask = to_set(spawn.signal_mask);
     let limit = spawn.open_files.map(|(soft, hard)| libc::rlimit {
-        rlim_cur: soft.min(libc::RLIM_INFINITY as u64) as libc::rlim_t,
-        rlim_max: hard.min(libc::RLIM_INFINITY as u64) as libc::rlim_t,
+        rlim_cur: soft as libc::rlim_t,
+        rlim_max: hard as libc::rlim_t,
     });
 
     // SAFETY: what the child does until it execs or exits is in `become_program`, which makes system calls alone.

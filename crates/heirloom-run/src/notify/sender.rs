@@ -49,6 +49,11 @@ impl Sender {
     }
 }
 
+/// Whether a process is a child of this one, which is told of its end.
+pub(crate) fn is_child(pid: u32) -> bool {
+    parent(pid) == Some(std::process::id())
+}
+
 /// Whether a process descends from this one.
 pub(crate) fn descends(pid: u32) -> bool {
     matches!(ancestry(pid), Ancestry::Ours(_))

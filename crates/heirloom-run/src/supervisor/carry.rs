@@ -185,6 +185,7 @@ impl Core {
             queue: longest_queue(),
             strangers: Seldom::default(),
             refusals: Seldom::default(),
+            complaints: Seldom::default(),
             over: None,
         })
     }

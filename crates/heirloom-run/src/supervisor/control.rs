@@ -84,12 +84,18 @@ impl Supervisor {
                         }
                         continue;
                     }
+                    let generation = asked.status().generation;
                     let names = request.program.is_some() || request.arguments.is_some();
                     if names && !asked.may_name_a_program() {
                         asked.refuse(Failure::new(
                             FailureCode::Permission,
                             "only the supervisor's own user and root may say what is run; leave program and arguments out",
                         ));
+                    } else if request.generation.is_some_and(|meant| meant != generation) {
+                        let message = format!(
+                            "generation {generation} serves by now, and another one was meant; ask again"
+                        );
+                        asked.refuse(Failure::new(FailureCode::Busy, message));
                     } else if let Err(failure) = core.check_upgrade(&request) {
                         asked.refuse(failure);
                     } else {

@@ -83,7 +83,7 @@ impl Core {
         let number = self.next_id;
         if !self.store.put(number, name, descriptor, sender, polled) {
             self.counters.duplicates += 1;
-            tracing::debug!(name, sender, "is stored already");
+            tracing::trace!(name, sender, "is stored already");
             return;
         }
         self.next_id += 1;

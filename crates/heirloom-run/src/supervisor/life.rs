@@ -12,6 +12,7 @@ use super::process::Process;
 use super::{Core, MAIN};
 use crate::clock::Moment;
 use crate::exit::Ended;
+use crate::notify::sender::is_child;
 use crate::options::{Command, Restart};
 use crate::start::{Given, StartFailure, start};
 
@@ -259,8 +260,8 @@ impl Core {
     /// Hears of the end of a main process that need not be our child.
     pub(super) fn watch_main(&mut self) {
         self.main_pidfd = None;
-        let pid = self.main.as_ref().and_then(|main| Pid::from_raw(main.pid as i32));
-        let Some(pid) = pid else { return };
+        let main = self.main.as_ref().filter(|main| !is_child(main.pid));
+        let Some(pid) = main.and_then(|main| Pid::from_raw(main.pid as i32)) else { return };
         let watched = pidfd_open(pid, PidfdFlags::empty()).and_then(|pidfd| {
             let token = epoll::EventData::new_u64(MAIN);
             epoll::add(&self.epoll, &pidfd, token, epoll::EventFlags::IN)?;

@@ -70,7 +70,9 @@ impl Core {
         if let Some(status) = &message.status {
             self.text.clone_from(status);
         }
-        if let Some(errno) = message.errno {
+        if let Some(errno) = message.errno
+            && self.complaints.now(now).is_some()
+        {
             tracing::info!("the command says that it fails: {}", std::io::Error::from_raw_os_error(errno));
         }
         if let Some(pid) = message.main_pid {

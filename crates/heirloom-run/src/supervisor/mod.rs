@@ -92,6 +92,7 @@ struct Core {
     queue: usize,
     strangers: Seldom,
     refusals: Seldom,
+    complaints: Seldom,
     over: Option<u8>,
 }
 
@@ -131,8 +132,13 @@ pub fn run(options: Options) -> Result<u8, RunError> {
             Supervisor::new(core, incumbent)?.serve()
         }
         Start::InPlace(taken) => {
-            let core = Core::carried(options, control, taken.bundle)?;
-            Supervisor::new(core, taken.incumbent)?.serve()
+            // The rest of what was taken is let go of here, not when all is over.
+            let (bundle, incumbent) = {
+                let taken = *taken;
+                (taken.bundle, taken.incumbent)
+            };
+            let core = Core::carried(options, control, bundle)?;
+            Supervisor::new(core, incumbent)?.serve()
         }
         Start::Preflight(preflight) => {
             let answered = match preflight.state::<Carried>() {

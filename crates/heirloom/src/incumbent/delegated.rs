@@ -89,6 +89,11 @@ impl<A> UpgradeAsked<'_, A> {
         &self.request
     }
 
+    /// What the library would answer to a request for the status.
+    pub fn status(&self) -> Status {
+        self.incumbent.status()
+    }
+
     /// Whether whoever asks may say what is run: only the incumbent's own user and root may.
     pub fn may_name_a_program(&self) -> bool {
         let peer = self.incumbent.connections.get(&self.connection).map(|connection| connection.peer.uid);
