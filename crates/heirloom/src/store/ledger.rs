@@ -229,6 +229,37 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
+        fn any_records_are_a_ledger_or_an_error(
+            records in prop::collection::vec(
+                prop_oneof![
+                    prop::collection::vec(any::<u8>(), 0..30),
+                    // Of the right form up to some place.
+                    (0..7_u8, prop::collection::vec(any::<u8>(), 0..30)).prop_map(|(what, rest)| {
+                        [vec![0x82, what], rest].concat()
+                    }),
+                    (any::<u64>(), any::<prop::sample::Index>(), any::<u8>()).prop_map(|(id, at, byte)| {
+                        let mut record = encoded(PUT, &entry(id, b"state"));
+                        let at = at.index(record.len());
+                        record[at] = byte;
+                        record
+                    }),
+                ],
+                0..6,
+            )
+        ) {
+            let mut journal = Journal::create("test").unwrap();
+            for record in &records {
+                journal.append(record).unwrap();
+            }
+            let file = journal.as_fd().try_clone_to_owned().unwrap();
+            if let Ok(mut ledger) = Ledger::open(file, &Limits::default()) {
+                prop_assert!(ledger.entries().all(|entry| entry.id.0 < ledger.next_id() || entry.id.0 == u64::MAX));
+                ledger.put(entry(3, b"")).unwrap();
+                prop_assert!(reopened(&ledger).entries().eq(ledger.entries()));
+            }
+        }
+
+        #[test]
         fn whoever_opens_it_finds_what_was_written(steps in prop::collection::vec(step(), 0..40)) {
             let mut ledger = Ledger::create().unwrap();
             for step in steps {
