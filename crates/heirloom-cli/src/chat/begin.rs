@@ -46,12 +46,17 @@ struct Left {
 
 impl Beginning {
     /// Nobody serves, so that it is begun with what a killed process has left in a store, if there is one.
-    pub(super) fn fresh(control: &Path) -> Result<Self, Failure> {
+    pub(super) fn fresh(control: &Path, service: &str) -> Result<Self, Failure> {
         let Restored { bundle, activated, store } = restore(Some(control), &Limits::default())
             .context("cannot go on with what is in the store; it is still there")?;
         close(activated);
-        let saved = Saved::read(&bundle).context("cannot read the state in the store; it is still there")?;
-        let left = Left::take(bundle, saved.connection_id());
+        let mut saved =
+            Saved::read(&bundle).context("cannot read the state in the store; it is still there")?;
+        let mut left = Left::take(bundle, saved.connection_id());
+        if saved.is_of_another(service) {
+            tracing::warn!("what is in the store is of another service: it is closed");
+            (left, saved) = (left.discarded(), Saved::default());
+        }
         let mut state = saved.until_now(left.socket.as_ref());
         if left.stdin.is_none() && left.stdout.is_none() {
             // The one before has ended in order: these streams are others.
@@ -103,7 +108,11 @@ impl Beginning {
     }
 
     /// The pump, its items, and what keeps them.
-    pub(super) fn pump(self, addresses: Vec<SocketAddr>) -> Result<(Pump, Items, Option<Kept>), Failure> {
+    pub(super) fn pump(
+        self,
+        addresses: Vec<SocketAddr>,
+        service: &str,
+    ) -> Result<(Pump, Items, Option<Kept>), Failure> {
         let Beginning { mut state, mut left, store, handed_over } = self;
         let input = match left.stdin.take() {
             Some(stdin) => Input::new(stdin),
@@ -134,7 +143,7 @@ impl Beginning {
         let mut items = Items::new(left.ids, left.next_id);
         let kept = store.map(|store| {
             let ledger = left.ledger_id.unwrap_or_else(|| items.give_out());
-            let mut kept = Kept::new(store, ledger, handed_over);
+            let mut kept = Kept::new(store, ledger, service.to_owned(), handed_over);
             kept.remove(stale);
             kept
         });
@@ -153,20 +162,7 @@ fn close(activated: Vec<Activated>) {
 impl Left {
     /// Takes out of a bundle what is the client's. `connection` is the number of the connection in it.
     fn take(mut bundle: Bundle, connection: u64) -> Self {
-        let next_id = bundle.next_id();
-        let mut left = Left {
-            ids: Vec::new(),
-            next_id,
-            socket: None,
-            from_server: None,
-            from_stdin: None,
-            stdin: None,
-            stdout: None,
-            note: None,
-            ledger: None,
-            ledger_id: None,
-            stale: Vec::new(),
-        };
+        let mut left = Left::nothing(bundle.next_id());
         left.socket = left.part(&mut bundle, Part::Server(connection));
         left.from_server = left.pipe(&mut bundle, Part::FromServer);
         left.from_stdin = left.pipe(&mut bundle, Part::FromStdin);
@@ -181,6 +177,30 @@ impl Left {
             left.stale.push(entry.id);
         }
         left
+    }
+
+    fn nothing(next_id: ItemId) -> Self {
+        Left {
+            ids: Vec::new(),
+            next_id,
+            socket: None,
+            from_server: None,
+            from_stdin: None,
+            stdin: None,
+            stdout: None,
+            note: None,
+            ledger: None,
+            ledger_id: None,
+            stale: Vec::new(),
+        }
+    }
+
+    /// Nothing, and everything that there was is stale.
+    fn discarded(self) -> Self {
+        let mut nothing = Left::nothing(self.next_id);
+        nothing.stale = self.stale;
+        nothing.stale.extend(self.ids.into_iter().map(|(_, id)| id));
+        nothing
     }
 
     fn part<T: Typed>(&mut self, bundle: &mut Bundle, part: Part) -> Option<T> {

@@ -27,6 +27,10 @@ pub(super) struct Kept {
     /// Under which id the ledger is handed over.
     ledger: ItemId,
     saved: PumpState,
+    /// Whose state it is: that of a service at another address is of no use.
+    service: String,
+    /// What could not be put. It is served all the same, and lost with the process.
+    unkept: Vec<ItemId>,
     watchdog: Option<Watchdog>,
 }
 
@@ -43,6 +47,8 @@ pub(super) struct Saved {
     pump: PumpState,
     /// Bytes read from and written to the connection, if there was one.
     counted: Option<(u64, u64)>,
+    /// The service's name.
+    service: String,
 }
 
 impl Saved {
@@ -51,8 +57,9 @@ impl Saved {
         Ok(bundle.state()?.unwrap_or_default())
     }
 
-    fn of(pump: &Pump, state: PumpState) -> Saved {
-        Saved { counted: pump.socket().and_then(counted), pump: state }
+    /// Whether it is the state of another service than this, such as one with another server.
+    pub(super) fn is_of_another(&self, service: &str) -> bool {
+        !self.service.is_empty() && self.service != service
     }
 
     /// The number of the connection at that time.
@@ -75,10 +82,10 @@ impl Saved {
 impl Kept {
     /// Goes on with a store. `ledger` is the id of its ledger among the items; `handed_over` says that this process was not
     /// started by the supervisor, or not as this program.
-    pub(super) fn new(store: Store, ledger: ItemId, handed_over: bool) -> Self {
+    pub(super) fn new(store: Store, ledger: ItemId, service: String, handed_over: bool) -> Self {
         let interval = if handed_over { interval_of_service() } else { watchdog_interval() };
         let watchdog = interval.map(|interval| Watchdog { every: interval / 2, next: Instant::now() });
-        Kept { store, ledger, saved: PumpState::default(), watchdog }
+        Kept { store, ledger, saved: PumpState::default(), service, unkept: Vec::new(), watchdog }
     }
 
     /// Says that the service is there, and which process it is.
@@ -115,12 +122,14 @@ impl Kept {
         self.remove(ended);
         for &(part, id) in new {
             if let Some(descriptor) = items.descriptor(pump, id) {
-                report(self.store.put(part.entry(id), descriptor));
+                let put = self.store.put(part.entry(id), descriptor);
+                self.unkept.extend(put.is_err().then_some(id));
+                report(put);
             }
         }
         self.store.flush();
         let connection = items.id(Part::Server(pump.connection_id()));
-        if connection.is_some_and(|id| self.store.holds(id)) {
+        if connection.is_some_and(|id| self.holds(id)) {
             pump.connection_is_held();
         }
     }
@@ -128,7 +137,12 @@ impl Kept {
     /// Whether the store holds the pipes and the standard streams.
     pub(super) fn holds_streams(&self, items: &Items) -> bool {
         let mut streams = items.that_travel(Travels::Late).chain(items.that_travel(Travels::Never));
-        streams.all(|id| self.store.holds(id))
+        streams.all(|id| self.holds(id))
+    }
+
+    /// Whether an item survives this process, or nothing can be done about it.
+    fn holds(&self, id: ItemId) -> bool {
+        self.store.holds(id) || self.unkept.contains(&id)
     }
 
     fn save(&mut self, pump: &Pump) {
@@ -139,9 +153,13 @@ impl Kept {
             return;
         }
         (state.bytes_in, state.bytes_out) = (pump.bytes_in(), pump.bytes_out());
-        let saved = Saved::of(pump, state);
+        let saved = self.saved_of(pump, state);
         self.set(&saved);
         self.saved = saved.pump;
+    }
+
+    fn saved_of(&self, pump: &Pump, state: PumpState) -> Saved {
+        Saved { counted: pump.socket().and_then(counted), pump: state, service: self.service.clone() }
     }
 
     fn set(&mut self, saved: &Saved) {
@@ -182,7 +200,7 @@ impl Kept {
     pub(super) fn leave(mut self, pump: &Pump, items: &Items) {
         let mut state = pump.state();
         state.reconnect = Reconnect::default();
-        self.set(&Saved::of(pump, state));
+        self.set(&self.saved_of(pump, state));
         self.remove(items.that_travel(Travels::Never));
     }
 

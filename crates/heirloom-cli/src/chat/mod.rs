@@ -77,6 +77,10 @@ again every second.
 
 Stdin, stdout and stderr are each process's own and are not handed over.
 
+Under a supervisor that keeps descriptors, heirloom-run(1) or systemd, a chat that is killed loses nothing: the next one goes on \
+with its connection, stdin and stdout, and with every byte that was on its way. A chat that is told to end leaves the connection to \
+the supervisor, for a restart.
+
 With --listen it is the chat server instead: it listens at ADDR, and passes on each line of a client to all others with \
 \"<userN> \" before it, N being the client's number; it announces who comes and who leaves. Control characters are escaped. A client \
 that does not read is cut off when more than --backlog is unsent to it. A server that is started with the same control socket takes \
@@ -99,16 +103,27 @@ over the listener and every client, with half-received lines and what is unsent.
         ),
     ],
     files: &[control::SOCKET, control::LOCK],
-    environment: &[control::RUNTIME_DIRECTORY],
+    environment: &[
+        control::RUNTIME_DIRECTORY,
+        (
+            "NOTIFY_SOCKET, LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID, HEIRLOOM_STORE",
+            "What a supervisor says that keeps descriptors; the chat tells it what to keep, and when it is ready (sd_notify(3)).",
+        ),
+        ("WATCHDOG_USEC, WATCHDOG_PID", "How often the supervisor wants to hear that the chat is alive."),
+    ],
     examples: &[
         ("heirloom chat", "Joins the server at 127.0.0.1:31337. Started again in another terminal, takes the connection over."),
         (
             "heirloom chat 127.0.0.1:6667 --name log </dev/null >>log",
             "Appends what a server sends to a file. The same command, started again, takes over without a gap in it.",
         ),
+        (
+            "heirloom run -- heirloom chat >>log",
+            "Is started again when it is killed, and goes on without a gap, on the same connection.",
+        ),
         ("heirloom chat --listen", "Is the server at 127.0.0.1:31337 that the first example joins."),
     ],
-    see_also: &["heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
+    see_also: &["heirloom-run(1)", "heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -144,7 +159,7 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
         match heirloom::start::<ChatRequest>(&path, service.clone(), Config::default(), replace)? {
             Start::Fresh(incumbent) => {
                 tracing::info!(control = %path.display(), server = args.address, "serving");
-                break (incumbent, Beginning::fresh(&path)?, false);
+                break (incumbent, Beginning::fresh(&path, &service.name)?, false);
             }
             Start::Successor(successor) => match take_over(successor, &path) {
                 Err(failure) if failure.incumbent_died && replace == Replace::Try => {
@@ -166,7 +181,7 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
             }
         }
     };
-    let (pump, items, kept) = beginning.pump(addresses)?;
+    let (pump, items, kept) = beginning.pump(addresses, &service.name)?;
     Client::new(incumbent, pump, items, kept, signals, args.linger).run(handed_over)
 }
 
