@@ -105,7 +105,7 @@ impl Supervised {
     }
 
     fn kill_often(&mut self) {
-        for _ in 0..number("HEIRLOOM_KILLS", KILLS) {
+        for _ in 0..kills() {
             self.kill();
         }
     }
@@ -134,6 +134,15 @@ fn number(variable: &str, usual: u64) -> u64 {
     std::env::var(variable).map_or(usual, |number| number.parse().expect("a number"))
 }
 
+fn kills() -> u64 {
+    number("HEIRLOOM_KILLS", KILLS)
+}
+
+/// What a test has gone through, for the documentation.
+fn print(what: &str, sent: &[u8], typed: &[u8]) {
+    println!("{what}: {} kills, {} bytes from the server, {} from stdin", kills(), sent.len(), typed.len());
+}
+
 fn at_least() -> u64 {
     number("HEIRLOOM_KILLS_LINES", LINES)
 }
@@ -149,6 +158,7 @@ fn into_a_pipe_and_out_of_a_pipe() {
     wait_for("everything on stdout", || chat.run.stdout_len() >= sent.len());
     chat.wait_until_counted(sent.len(), typed.len());
     assert_same(&chat.run.stdout(), &sent);
+    print("pipes", &sent, &typed);
     // Once its stdin has ended it is not read again.
     chat.kill();
     chat.server.write_all(b"more").expect("it is connected");
@@ -183,6 +193,7 @@ fn files(open: impl Fn(&Path) -> File) {
     chat.stop();
     assert_same(&std::fs::read(&path).expect("it is there"), &sent);
     assert_same(&heard.join().expect("no panic"), &typed);
+    print("files", &sent, &typed);
 }
 
 #[test]
@@ -202,6 +213,7 @@ fn at_a_terminal() {
     chat.stop();
     assert_same(&shown.contents(), &sent);
     assert_same(&heard.join().expect("no panic"), &typed);
+    print("a terminal", &sent, &typed);
 }
 
 /// What is in the pipes when it is replaced, by another process or in place, is what a kill right afterwards finds.
@@ -276,7 +288,8 @@ fn appended_to_a_file_to_which_others_append() {
     chat.stop();
     let (appended, logged) = appended();
     assert_same(&appended, &sent);
-    assert!(logged > KILLS, "{logged} lines of a log");
+    assert!(logged > kills(), "{logged} lines of a log");
+    print("a file with a log", &sent, &[]);
 }
 
 /// What is left of a file without the lines of a log, which begin with the time, and how many they were. There is no
