@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -24,7 +25,7 @@ use support::upgrading::Place;
 use support::*;
 
 /// How often a client is killed; HEIRLOOM_KILLS says otherwise.
-const KILLS: u64 = 20;
+const KILLS: u64 = 50;
 /// How many lines pass through it meanwhile, at least; HEIRLOOM_KILLS_LINES says otherwise. 4,000,000 are 31 MB.
 const LINES: u64 = 4_000_000;
 /// How long a client lives at most, to be killed at any moment of its life.
@@ -38,7 +39,7 @@ struct Supervised {
     server: TcpStream,
     random: Random,
     killed: Option<u32>,
-    _scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl Supervised {
@@ -52,24 +53,29 @@ impl Supervised {
     }
 
     fn start_by(start: impl FnOnce(&mut Command) -> Process) -> Self {
+        Self::start_with(&[], |_, chat| chat.to_vec(), start)
+    }
+
+    /// With further options of `heirloom run`, and another command than the chat's, which may use a file in a scratch directory.
+    fn start_with(
+        options: &[&str],
+        command: impl FnOnce(&Scratch, &[OsString]) -> Vec<OsString>,
+        start: impl FnOnce(&mut Command) -> Process,
+    ) -> Self {
         let scratch = Scratch::new();
         let (listener, address) = listen();
         let control = scratch.path("chat.sock");
+        let chat = chat(&address, &control, &[]);
+        let chat: Vec<OsString> =
+            [chat.get_program()].into_iter().chain(chat.get_args()).map(ToOwned::to_owned).collect();
         let mut run = heirloom();
         run.arg("run").arg("--control").arg(scratch.path("run.sock"));
-        run.args(["--tries", "0", "--restart-delay", "0ms", "--"]);
-        run.arg(env!("CARGO_BIN_EXE_heirloom")).arg("chat").arg(&address).arg("--control").arg(&control);
+        run.args(["--tries", "0", "--restart-delay", "0ms"]).args(options).arg("--");
+        run.args(command(&scratch, &chat));
         let run = start(&mut run);
         let server = accept(&listener);
-        let supervised = Supervised {
-            run,
-            control,
-            listener,
-            server,
-            random: Random::seeded(),
-            killed: None,
-            _scratch: scratch,
-        };
+        let random = Random::seeded();
+        let supervised = Supervised { run, control, listener, server, random, killed: None, scratch };
         // From here on it is kept.
         supervised.wait_until_connected();
         supervised
@@ -318,6 +324,50 @@ fn a_program_that_knows_no_pipes_is_refused() {
     let error = started.expect_err("it is refused");
     assert!(matches!(error, StartError::Refused(_)), "{error}");
     assert!(error.to_string().contains("schema 2"), "{error}");
+    chat.stop();
+}
+
+/// Who started it decides whether there is a next one; if so, it has a stdin of its own again.
+#[test]
+fn ended_in_order_it_leaves_the_connection_for_a_restart() {
+    let always = &["--restart", "always"];
+    let mut chat = Supervised::start_with(always, |_, chat| chat.to_vec(), |run| Process::start(run));
+    chat.run.write(b"one");
+    let mut heard = [0; 3];
+    chat.server.read_exact(&mut heard).expect("it is connected");
+    for round in 0..3 {
+        let first = chat.chat();
+        chat.server.write_all(b"in order").expect("it is connected");
+        kill_process(Pid::from_raw(first as i32).expect("no zero"), Signal::TERM).expect("it is run's child");
+        wait_for("the next one", || try_status(&chat.control).is_some_and(|status| status.pid != first));
+        chat.run.write(b"two");
+        chat.server.read_exact(&mut heard).expect("it is connected");
+        assert_eq!(&heard, b"two");
+        wait_for("all of it", || chat.run.stdout() == b"in order".repeat(round + 1));
+    }
+    chat.stop();
+}
+
+/// Such as one whose server's address was changed before a restart: it is not to go on with the old server.
+#[test]
+fn what_another_service_has_left_is_closed() {
+    let (second, address) = listen();
+    let mut chat = Supervised::start_with(
+        &[],
+        |scratch, chat| {
+            let file = scratch.path("address");
+            std::fs::write(&file, chat[2].as_encoded_bytes()).expect("a file");
+            let script = r#"file=$1; shift; exec "$1" "$2" "$(cat "$file")" "$4" "$5""#;
+            let shell = ["sh", "-c", script, "sh"].map(OsString::from);
+            shell.into_iter().chain([file.into()]).chain(chat.iter().cloned()).collect()
+        },
+        |run| Process::start(run),
+    );
+    std::fs::write(chat.scratch.path("address"), address).expect("a file");
+    chat.kill();
+    accept(&second).write_all(b"from the second").expect("it is connected");
+    wait_for("the second", || chat.run.stdout() == b"from the second");
+    assert_eq!(chat.server.read(&mut [0]).expect("an end"), 0, "the first connection has ended");
     chat.stop();
 }
 
