@@ -24,7 +24,7 @@ impl Supervised {
     pub(crate) fn start(scratch: &Scratch, options: &[&str]) -> Supervised {
         let (control, chat) = (scratch.path("run.sock"), scratch.path("chat.sock"));
         let mut command = heirloom();
-        command.args(["run", "--tries", "0", "--control"]).arg(&control).arg("--");
+        command.args(["run", "--tries", "0", "--restart-delay", "0ms", "--control"]).arg(&control).arg("--");
         command.arg(env!("CARGO_BIN_EXE_heirloom")).args(["chat", "--listen", "127.0.0.1:0", "--control"]);
         command.arg(&chat).args(options);
         let run = Process::start(&mut command);
