@@ -5,11 +5,13 @@ mod support;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use support::ears::*;
 use support::guests::*;
 use support::random::Random;
@@ -27,8 +29,6 @@ const UNHEARD: u64 = 120_000;
 const LEAVERS: usize = 4;
 /// How many come in a kill at a time.
 const COMERS: usize = 2;
-/// How many kills there are between two takeovers, after which `heirloom run` forgets failures and starts again soon.
-const KILLS_IN_A_ROW: u64 = 2;
 
 #[test]
 fn everybody_hears_everything() {
@@ -49,7 +49,7 @@ fn everybody_hears_everything() {
 
     let kills = kills();
     let (mut visitors, mut not_let_in, mut times) = (Vec::new(), 0, Vec::new());
-    let (mut in_takeovers, mut took_over) = (0, 0);
+    let mut takeovers = Takeovers::default();
     for round in 0..kills {
         talk.wait_for_progress();
         let mut bytes = numbered(UNHEARD + round).into_bytes().into_iter();
@@ -62,23 +62,17 @@ fn everybody_hears_everything() {
             }
             (hesitant, bytes)
         });
-        let killed = if round % KILLS_IN_A_ROW == 1 {
-            // In a takeover, or soon after it: then the successor goes on alone, or a third one does.
-            let incumbent = server.pid();
-            let mut upgrade = Process::start(&mut server.upgrade());
-            // The stimulus, not a wait.
-            std::thread::sleep(Duration::from_micros(random.below(40_000)));
-            kill(incumbent);
-            in_takeovers += 1;
-            server.wait_for_next(incumbent);
-            let status = upgrade.wait();
-            took_over += u64::from(status.code() == Some(0));
-            talk.wait_for_progress();
-            server.kill()
-        } else {
-            // Some of what everybody says arrives while nobody serves.
-            std::thread::sleep(Duration::from_micros(random.below(5_000)));
-            server.kill()
+        let killed = match round % 4 {
+            0 => kill_in_takeover(&mut server, &mut random, &mut takeovers),
+            1 => {
+                server.upgrade_in_place();
+                server.kill()
+            }
+            _ => {
+                // Some of what everybody says arrives while nobody serves. The stimulus, not a wait.
+                std::thread::sleep(Duration::from_micros(random.below(5_000)));
+                server.kill()
+            }
         };
         times.push(server.wait_for_next(killed));
         let bytes;
@@ -116,9 +110,12 @@ fn everybody_hears_everything() {
     assert_eq!(counters["lines_in"], said.values().sum::<u64>(), "they are counted over all processes");
     times.sort();
     println!(
-        "{} kills ({in_takeovers} in takeovers, {took_over} of which were reported to have succeeded): {} lines said, {heard} heard, none \
-         lost or repeated; {} came and left, {not_let_in} were not let in; until somebody serves: median {:?}, longest {:?}",
-        kills + in_takeovers,
+        "{kills} kills: in {} takeovers, of which {} took place all the same, and {} of successors that had just taken over; {} \
+         lines were said, {heard} heard, none lost or repeated; {} came and left, {not_let_in} were not let in; until somebody \
+         serves: median {:?}, longest {:?}",
+        takeovers.killed_incumbents,
+        takeovers.took_place,
+        takeovers.killed_successors,
         said.values().sum::<u64>(),
         visitors.len(),
         times[times.len() / 2],
@@ -130,6 +127,38 @@ fn everybody_hears_everything() {
         .filter(|line| line.contains("cut off") || line.contains("cutting") || line.contains("resetting"))
         .collect();
     assert!(complaints.is_empty(), "{complaints:?}");
+}
+
+/// What became of takeovers in which somebody was killed.
+#[derive(Default)]
+struct Takeovers {
+    killed_incumbents: u64,
+    /// In spite of that.
+    took_place: u64,
+    killed_successors: u64,
+}
+
+/// Begins a takeover, and kills the incumbent in the middle of it, or the successor soon after it. Returns whom.
+fn kill_in_takeover(server: &mut Supervised, random: &mut Random, takeovers: &mut Takeovers) -> u32 {
+    let incumbent = server.pid();
+    let begun = || server.log().matches("takeover begins").count();
+    let before = begun();
+    let mut upgrade = Process::start(&mut server.upgrade());
+    wait_for("the takeover to begin", || begun() > before || !upgrade.is_running());
+    let killed = if random.one_in(2) {
+        // The stimulus, not a wait.
+        std::thread::sleep(Duration::from_micros(random.below(3_000)));
+        kill(incumbent);
+        takeovers.killed_incumbents += 1;
+        incumbent
+    } else {
+        server.wait_for_next(incumbent);
+        takeovers.killed_successors += 1;
+        server.kill()
+    };
+    let succeeded = upgrade.wait().code() == Some(0);
+    takeovers.took_place += u64::from(killed == incumbent && succeeded);
+    killed
 }
 
 fn kills() -> u64 {
@@ -198,4 +227,99 @@ fn leave(mut guest: Guest) -> String {
         ear.hear(&line);
     }
     guest.name
+}
+
+#[test]
+fn a_socket_of_the_supervisors_is_used() {
+    let scratch = Scratch::new();
+    let mut server = Supervised::start_with(&scratch, &["--listen", "127.0.0.1:0"], &[]);
+    let mut guests = [Guest::join(server.address), Guest::join(server.address)];
+    guests[0].hears(&[&format!("<announce> 127.0.0.1 is connected as <{}>.", guests[1].name)]);
+    for round in 0..3 {
+        guests[0].say(format!("{round} "));
+        let killed = server.kill();
+        server.wait_for_next(killed);
+        guests[0].say("here\n");
+        guests[1].hears(&[&format!("<{}> {round} here", guests[0].name)]);
+    }
+    // It is still where it was.
+    Guest::join(server.address);
+    server.stop();
+}
+
+#[test]
+fn a_stop_ends_everything_and_leaves_nothing_in_the_store() {
+    let scratch = Scratch::new();
+    let mut server = Supervised::start_with(&scratch, &["--restart", "always"], &[]);
+    let mut guest = Guest::join(server.address);
+    let stopped = server.pid();
+    server.signal(stopped, Signal::TERM);
+    assert_eq!(guest.try_line().expect("an orderly end"), None);
+    server.wait_for_next(stopped);
+    let names: Vec<String> = status(&server.chat).items.into_iter().map(|item| item.name).collect();
+    assert_eq!(names, ["listener", "journal", "heirloom.ledger"]);
+    assert!(!server.log().contains("going on where"), "{}", server.log());
+    server.stop();
+}
+
+/// Everything is handed over to one that has no store, and by that one to one that has: which begins a store anew.
+#[test]
+fn a_program_without_a_store_comes_in_between() {
+    let scratch = Scratch::new();
+    let mut server = Supervised::start_with(&scratch, &["--restart", "always"], &[]);
+    let mut guests = [Guest::join(server.address), Guest::join(server.address)];
+    guests[0].hears(&[&format!("<announce> 127.0.0.1 is connected as <{}>.", guests[1].name)]);
+    guests[0].say("one, ");
+    let killed = server.kill();
+    server.wait_for_next(killed);
+    guests[0].say("two, ");
+    let mut between = Process::start(&mut listening("127.0.0.1:0", &server.chat, &[]));
+    // The supervisor starts the next one when the first has ended, and that takes over again.
+    between.wait_for_code(0);
+    guests[0].say("three, ");
+    let killed = server.kill();
+    server.wait_for_next(killed);
+    guests[0].say("four\n");
+    guests[1].hears(&[&format!("<{}> one, two, three, four", guests[0].name)]);
+    assert!(between.stderr().contains("there is none here"), "{}", between.stderr());
+    server.stop();
+}
+
+/// What a supervisor is told, of any kind.
+#[test]
+fn the_supervisor_is_told() {
+    let scratch = Scratch::new();
+    let (control, path) = (scratch.path("chat.sock"), scratch.path("notify"));
+    let socket = UnixDatagram::bind(&path).expect("a socket");
+    socket.set_read_timeout(Some(LONG)).expect("setsockopt");
+    let mut told = String::new();
+    let mut hear = |what: &str| {
+        let mut buffer = [0; 4096];
+        while !told.contains(what) {
+            let length =
+                socket.recv(&mut buffer).unwrap_or_else(|error| panic!("{error}; no {what:?} in {told}"));
+            told.push_str(&String::from_utf8_lossy(&buffer[..length]));
+        }
+        std::mem::take(&mut told)
+    };
+    let mut command = listening("127.0.0.1:0", &control, &[]);
+    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "200000");
+    let mut server = Process::start(&mut command);
+    let begun = hear(&format!("READY=1\nMAINPID={}\n", server.id()));
+    // The ledger, the journal, the listener.
+    assert_eq!(begun.matches("FDSTORE=1").count(), 3, "{begun}");
+    hear("STATUS=clients: 0");
+    let guest = Guest::join(address_of(&server));
+    let joined = hear("STATUS=clients: 1");
+    assert_eq!(joined.matches("FDSTORE=1").count(), 1, "{joined}");
+    let mut successor = Process::start(&mut command);
+    hear(&format!("READY=1\nMAINPID={}\n", successor.id()));
+    server.wait_for_code(0);
+    hear("WATCHDOG=1");
+    drop(guest);
+    let left = hear("STATUS=clients: 0");
+    assert_eq!(left.matches("FDSTOREREMOVE=1").count(), 1, "{left}");
+    successor.signal(Signal::TERM);
+    hear("STOPPING=1");
+    successor.wait_for_code(0);
 }

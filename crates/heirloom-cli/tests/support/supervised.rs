@@ -1,7 +1,7 @@
 //! A chat server under `heirloom run`, which is killed by SIGKILL over and over.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -22,9 +22,15 @@ pub(crate) struct Supervised {
 impl Supervised {
     /// A chat server at a free port.
     pub(crate) fn start(scratch: &Scratch, options: &[&str]) -> Supervised {
+        Supervised::start_with(scratch, &[], options)
+    }
+
+    /// Like [`Supervised::start`], with options for `heirloom run`.
+    pub(crate) fn start_with(scratch: &Scratch, run: &[&str], options: &[&str]) -> Supervised {
         let (control, chat) = (scratch.path("run.sock"), scratch.path("chat.sock"));
         let mut command = heirloom();
-        command.args(["run", "--tries", "0", "--restart-delay", "0ms", "--control"]).arg(&control).arg("--");
+        command.args(["run", "--tries", "0", "--restart-delay", "0ms"]).args(run);
+        command.arg("--control").arg(&control).arg("--");
         command.arg(env!("CARGO_BIN_EXE_heirloom")).args(["chat", "--listen", "127.0.0.1:0", "--control"]);
         command.arg(&chat).args(options);
         let run = Process::start(&mut command);
@@ -44,6 +50,12 @@ impl Supervised {
         pid
     }
 
+    /// Sends a signal to the process that serves.
+    pub(crate) fn signal(&self, pid: u32, signal: Signal) {
+        let pid = Pid::from_raw(pid.try_into().expect("a pid")).expect("a pid");
+        kill_process(pid, signal).expect("it serves");
+    }
+
     /// Waits until another process serves than this one. How long that took.
     pub(crate) fn wait_for_next(&mut self, killed: u32) -> Duration {
         let since = Instant::now();
@@ -61,6 +73,13 @@ impl Supervised {
         command
     }
 
+    /// Has the chat server become another program in the same process.
+    pub(crate) fn upgrade_in_place(&self) {
+        let mut upgrade = heirloom();
+        upgrade.args(["upgrade", "--in-place", "--control"]).arg(&self.chat);
+        Process::start(&mut upgrade).wait_for_code(0);
+    }
+
     /// What both have logged.
     pub(crate) fn log(&self) -> String {
         self.run.stderr()
@@ -71,10 +90,6 @@ impl Supervised {
         self.run.signal(Signal::TERM);
         self.run.wait_for_code(0);
         self.run.stderr()
-    }
-
-    pub(crate) fn control(&self) -> &Path {
-        &self.control
     }
 }
 
