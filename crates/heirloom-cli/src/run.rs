@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Give up after so many failures in quick succession; 0: never
     #[arg(long, value_name = "N", default_value_t = 10)]
     tries: u32,
+    /// Wait so long after a failure, and twice as long after each more in quick succession
+    #[arg(long, value_name = "DURATION", default_value = "100ms", value_parser = humantime::parse_duration)]
+    restart_delay: Duration,
     /// Kill the command if it has not ended by then
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = humantime::parse_duration)]
     stop_timeout: Duration,
@@ -51,7 +54,7 @@ pub(crate) const PAGE: Page = Page {
 Runs a command, keeps it running, and keeps its descriptors, as systemd does: for containers, shells, and wherever there is \
 no systemd. The command gets the sockets of --listen (LISTEN_FDS, see sd_listen_fds(3)). What it stores by sd_notify(3) \
 (FDSTORE=1) survives its death: the next process gets it in LISTEN_FDS after the sockets, or fetches it. It is \
-started again when it fails, after 100 ms, and twice as long after each failure in quick succession, up to 10 s. \
+started again when it fails, after --restart-delay, and twice as long after each failure in quick succession, up to 10 s. \
 When heirloom run gives up or ends, what is stored is closed, and so it is when heirloom run itself is killed.
 
 The command may say that it is ready, what it does, that it is alive, and which is its main process (READY, STATUS, WATCHDOG, \
@@ -137,6 +140,7 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
             RestartArg::Never => Restart::Never,
         },
         tries: args.tries,
+        restart_delay: args.restart_delay,
         stop_timeout: args.stop_timeout,
         start_timeout: args.start_timeout,
         watchdog: args.watchdog.filter(|every| !every.is_zero()),

@@ -20,6 +20,7 @@ Options:
       --name NAME                The name of the control socket in the runtime directory [default: run-COMMAND]
       --restart WHEN             on-failure, always or never [default: on-failure]
       --tries N                  Give up after so many failures in quick succession; 0: never [default: 10]
+      --restart-delay DURATION   Wait so long after a failure, and twice as long after each more [default: 100ms]
       --stop-timeout DURATION    Kill the command if it has not ended by then [default: 10s]
       --start-timeout DURATION   How long it has to say that it is ready, if it is one that does [default: 30s]
       --watchdog DURATION        How often it has to say that it is alive
@@ -51,6 +52,7 @@ pub(crate) fn read(words: impl IntoIterator<Item = OsString>) -> Result<Asked, l
             Long("name") => name = Some(parser.value()?.string()?),
             Long("restart") => options.restart = parser.value()?.parse_with(str::parse)?,
             Long("tries") => options.tries = parser.value()?.parse()?,
+            Long("restart-delay") => options.restart_delay = parser.value()?.parse_with(parse_duration)?,
             Long("stop-timeout") => options.stop_timeout = parser.value()?.parse_with(parse_duration)?,
             Long("start-timeout") => options.start_timeout = parser.value()?.parse_with(parse_duration)?,
             Long("watchdog") => {

@@ -33,6 +33,9 @@ pub struct Options {
     pub restart: Restart,
     /// How many failures in quick succession end it all; 0: none do.
     pub tries: u32,
+    /// How long to wait before it is started again after a failure; twice as long after each further one in quick succession,
+    /// at most 10 s.
+    pub restart_delay: Duration,
     /// How long it has to end before it is killed.
     pub stop_timeout: Duration,
     /// How long it has to say that it is ready, if it is one that does.
@@ -53,6 +56,7 @@ impl Options {
             control: None,
             restart: Restart::default(),
             tries: 10,
+            restart_delay: Duration::from_millis(100),
             stop_timeout: Duration::from_secs(10),
             start_timeout: Duration::from_secs(30),
             watchdog: None,

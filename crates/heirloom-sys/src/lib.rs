@@ -21,4 +21,4 @@ pub use mask::SignalMask;
 pub use peer::{Credentials, peer_credentials, peer_pidfd};
 pub use signals::{Signal, SignalFd, send_signal, send_signal_to_all};
 pub use spawn::{FIRST_PASSED, Spawn, SpawnFailure, SpawnStage, spawn};
-pub use tcp::never_sent;
+pub use tcp::{TcpCounters, never_sent, tcp_counters};

@@ -1,7 +1,10 @@
-//! What a TCP connection has still to send.
+//! What a TCP connection has carried so far, and what it has still to send, as the kernel counts.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use crate::option::{self, Plain};
 
 /// How many bytes were written to a TCP connection and have not been sent even once: `SIOCOUTQNSD`
 /// (`linux/sockios.h`, Linux 2.6.38).
@@ -20,13 +23,164 @@ use std::os::fd::{AsFd, AsRawFd};
 /// # std::io::Result::Ok(())
 /// ```
 pub fn never_sent(connection: impl AsFd) -> io::Result<usize> {
+    Ok(queued(connection.as_fd(), libc::SIOCOUTQNSD as libc::Ioctl)? as usize)
+}
+
+/// What has passed through a TCP connection at this end, whichever processes have had it: [`tcp_counters`].
+///
+/// The counters outlive whoever reads and writes, so that a process can tell what one that was killed had read and
+/// written: [`consumed`](TcpCounters::consumed) and [`written`](TcpCounters::written), less what they were when the
+/// connection was new. (They need not begin at 0: at the end that has connected, the SYN counts as written.)
+///
+/// Urgent data has to be in line for this (`SO_OOBINLINE`): else the kernel takes an urgent byte for consumed that no
+/// read has returned.
+///
+/// ```
+/// use std::io::{Read, Write};
+/// use std::net::{TcpListener, TcpStream};
+///
+/// let listener = TcpListener::bind("127.0.0.1:0")?;
+/// let mut client = TcpStream::connect(listener.local_addr()?)?;
+/// let (mut server, _) = listener.accept()?;
+/// let new = heirloom_sys::tcp_counters(&server)?;
+///
+/// client.write_all(b"hello, world")?;
+/// server.read_exact(&mut [0; 5])?;
+/// server.write_all(b"hi")?;
+/// let now = heirloom_sys::tcp_counters(&server)?;
+/// assert_eq!(now.consumed() - new.consumed(), 5);
+/// assert_eq!(now.written() - new.written(), 2);
+/// # std::io::Result::Ok(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TcpCounters {
+    /// What has arrived in order, a FIN included (`tcpi_bytes_received`).
+    pub received: u64,
+    /// What has arrived and was not read (`SIOCINQ`).
+    pub unread: u64,
+    /// What the peer has acknowledged, our SYN and FIN included (`tcpi_bytes_acked`).
+    pub acknowledged: u64,
+    /// What was written and the peer has not acknowledged (`SIOCOUTQ`).
+    pub unacknowledged: u64,
+    /// `tcpi_state`.
+    state: u8,
+}
+
+/// `TCP_ESTABLISHED` and so on, which `tcpi_state` speaks in (`net/tcp_states.h`).
+mod state {
+    pub(super) const FIN_WAIT1: u8 = 4;
+    pub(super) const FIN_WAIT2: u8 = 5;
+    pub(super) const TIME_WAIT: u8 = 6;
+    pub(super) const CLOSE: u8 = 7;
+    pub(super) const CLOSE_WAIT: u8 = 8;
+    pub(super) const LAST_ACK: u8 = 9;
+    pub(super) const CLOSING: u8 = 11;
+}
+
+impl TcpCounters {
+    /// How many bytes were read. One more when the connection [is over](TcpCounters::is_over) and the peer had ended its
+    /// direction before.
+    #[must_use]
+    pub fn consumed(&self) -> u64 {
+        self.received.wrapping_sub(self.unread).wrapping_sub(u64::from(self.peer_has_ended()))
+    }
+
+    /// How many bytes were written. One more when the connection [is over](TcpCounters::is_over) and our direction was
+    /// ended before.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        let ended = matches!(
+            self.state,
+            state::FIN_WAIT1 | state::FIN_WAIT2 | state::TIME_WAIT | state::LAST_ACK | state::CLOSING
+        );
+        self.acknowledged.wrapping_add(self.unacknowledged).wrapping_sub(u64::from(ended))
+    }
+
+    /// Whether the peer has ended its direction: no more will arrive than has. Not known any more once the connection
+    /// [is over](TcpCounters::is_over).
+    #[must_use]
+    pub fn peer_has_ended(&self) -> bool {
+        matches!(self.state, state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING | state::TIME_WAIT)
+    }
+
+    /// Whether the connection is over in both directions, by a reset for example. What is unread can still be read.
+    ///
+    /// Counters of a connection that was over because this end has disconnected it (`connect` to `AF_UNSPEC`) are 0.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.state == state::CLOSE
+    }
+}
+
+/// The counters of a TCP connection, all of one moment: read again until nothing has arrived or was acknowledged
+/// meanwhile. (What this or another process reads and writes meanwhile is not noticed: there is to be none.)
+///
+/// Changes nothing. Errors: `ENOPROTOOPT` or `EOPNOTSUPP` for other sockets, `ENOTSOCK` for what is none, `EINVAL` for
+/// one that listens, and `InvalidData` from a kernel before 4.1, which does not count.
+///
+/// ```
+/// let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+/// assert!(heirloom_sys::tcp_counters(&listener).is_err());
+/// # std::io::Result::Ok(())
+/// ```
+pub fn tcp_counters(connection: impl AsFd) -> io::Result<TcpCounters> {
+    let connection = connection.as_fd();
+    let mut info = TcpInfo::of(connection)?;
+    loop {
+        let unread = queued(connection, libc::FIONREAD)?;
+        let unacknowledged = queued(connection, libc::TIOCOUTQ)?;
+        let again = TcpInfo::of(connection)?;
+        if (info.state(), info.received(), info.acknowledged())
+            == (again.state(), again.received(), again.acknowledged())
+        {
+            return Ok(TcpCounters {
+                received: info.received(),
+                unread,
+                acknowledged: info.acknowledged(),
+                unacknowledged,
+                state: info.state(),
+            });
+        }
+        info = again;
+    }
+}
+
+/// As much of `struct tcp_info` (`linux/tcp.h`) as is needed: 8 bytes, 24 times 32 bits, and then 64 bits each. It has
+/// only ever grown at its end.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct TcpInfo([u64; 17]);
+
+// SAFETY: an array of integers.
+unsafe impl Plain for TcpInfo {}
+
+const _: () = assert!(mem::size_of::<TcpInfo>() == 8 + 24 * 4 + 4 * 8);
+
+impl TcpInfo {
+    fn of(connection: BorrowedFd<'_>) -> io::Result<TcpInfo> {
+        option::get(connection, libc::IPPROTO_TCP, libc::TCP_INFO)
+    }
+
+    fn state(&self) -> u8 {
+        self.0[0].to_ne_bytes()[0]
+    }
+
+    fn acknowledged(&self) -> u64 {
+        self.0[15]
+    }
+
+    fn received(&self) -> u64 {
+        self.0[16]
+    }
+}
+
+/// Asks a TCP socket how much is in one of its queues.
+fn queued(connection: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the request writes one int, to a live local.
-    let result = unsafe {
-        libc::ioctl(connection.as_fd().as_raw_fd(), libc::SIOCOUTQNSD as libc::Ioctl, &raw mut bytes)
-    };
+    // SAFETY: each of these requests writes one int, to a live local.
+    let result = unsafe { libc::ioctl(connection.as_raw_fd(), request, &raw mut bytes) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(usize::try_from(bytes).unwrap_or(0))
+    Ok(u64::try_from(bytes).unwrap_or(0))
 }

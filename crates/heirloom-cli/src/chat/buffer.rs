@@ -26,11 +26,6 @@ impl Buffer {
         self.bytes.len()
     }
 
-    /// Whether no bytes are queued.
-    pub(super) fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
-    }
-
     /// How many bytes can be pushed.
     pub(super) fn space(&self) -> usize {
         self.limit.saturating_sub(self.bytes.len())
@@ -84,7 +79,7 @@ mod tests {
     #[test]
     fn space_ends_at_the_limit() {
         let mut buffer = Buffer::from_vec(Vec::new(), 4);
-        assert_eq!((buffer.space(), buffer.is_empty()), (4, true));
+        assert_eq!((buffer.space(), buffer.len()), (4, 0));
         buffer.push(b"abcd");
         assert_eq!((buffer.space(), buffer.len()), (0, 4));
         assert!(std::panic::catch_unwind(move || buffer.push(b"e")).is_err());

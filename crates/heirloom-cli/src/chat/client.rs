@@ -12,12 +12,12 @@ use heirloom::manifest::Base;
 use heirloom::runtime::blocking;
 use heirloom::upgrade::Upgrade;
 use heirloom::{
-    Asked, Cbor, Codec, CodecError, ConnectionId, Entry, HandoverError, Incumbent, ItemId, Kind, Outcome,
-    Turn,
+    Asked, Cbor, Codec, CodecError, ConnectionId, HandoverError, Incumbent, ItemId, Outcome, Turn,
 };
 use rustix::event::{PollFd, PollFlags};
 
-use super::SERVER;
+use super::items::{Items, Travels};
+use super::kept::{self, Kept};
 use super::older::{ChatRequest, FLUSH_WITHIN, Older};
 use super::pump::{Pump, PumpError};
 use crate::exit::Exit;
@@ -32,11 +32,11 @@ const STDOUT_RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Client {
     incumbent: Incumbent<ChatRequest>,
     pump: Pump,
+    items: Items,
+    kept: Option<Kept>,
     signals: Signals,
     linger: Duration,
     mode: Mode,
-    /// Which connection status was last told of.
-    shown: Option<u64>,
 }
 
 /// What the loop does beside answering at the control socket.
@@ -87,15 +87,25 @@ impl Client {
     pub(super) fn new(
         incumbent: Incumbent<ChatRequest>,
         pump: Pump,
+        items: Items,
+        kept: Option<Kept>,
         signals: Signals,
         linger: Duration,
     ) -> Self {
-        Client { incumbent, pump, signals, linger, mode: Mode::Pumping, shown: None }
+        Client { incumbent, pump, items, kept, signals, linger, mode: Mode::Pumping }
     }
 
-    /// Serves until the client is replaced, stopped, or fails.
-    pub(super) fn run(mut self) -> Result<Exit, Failure> {
+    /// Serves until the client is replaced, stopped, or fails. `handed_over` says that the supervisor, if there is one, has
+    /// known another process.
+    pub(super) fn run(mut self, handed_over: bool) -> Result<Exit, Failure> {
+        self.items.show(&mut self.incumbent);
+        if let Some(kept) = &mut self.kept {
+            kept.ready(handed_over);
+        }
         let result = self.serve();
+        if let Some(kept) = self.kept.take() {
+            kept.leave(&self.pump, &self.items);
+        }
         // Does nothing if somebody else serves by now.
         self.incumbent.retire();
         result
@@ -103,7 +113,7 @@ impl Client {
 
     fn serve(&mut self) -> Result<Exit, Failure> {
         loop {
-            self.show();
+            self.keep();
             let asked = self.wait()?;
             if asked.upgrade {
                 self.upgrade();
@@ -130,34 +140,44 @@ impl Client {
             | Mode::Stopping { until }
             | Mode::Older(Older::Flushing { until, .. }) => Some(*until),
         };
-        let signals = [
+        let watchdog = self.kept.as_ref().and_then(Kept::deadline);
+        let deadline = [deadline, watchdog].into_iter().flatten().min();
+        let mut fds = vec![
             PollFd::from_borrowed_fd(self.signals.stop(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.signals.upgrade(), PollFlags::IN),
         ];
-        let reported: Vec<PollFlags> = match &self.mode {
-            Mode::Lingering { .. } | Mode::Resting { .. } | Mode::Older(Older::Handed { .. }) => {
-                let mut fds = signals.to_vec();
-                blocking::wait(&self.incumbent, &mut fds, deadline)?;
-                fds.iter().map(PollFd::revents).collect()
-            }
-            Mode::Pumping | Mode::Stopping { .. } | Mode::Older(Older::Flushing { .. }) => {
-                let at = [deadline, self.incumbent.deadline()].into_iter().flatten().min();
-                let [stop, upgrade] = signals;
-                let extra = [stop, upgrade, PollFd::new(&self.incumbent, PollFlags::IN)];
-                match self.pump.turn(&extra, at) {
-                    Ok(turn) => turn.extra,
-                    Err(error) => {
-                        self.pump_failed(error)?;
-                        Vec::new()
-                    }
+        let store = self.kept.as_ref().and_then(Kept::waits_for);
+        fds.extend(store.map(|store| PollFd::from_borrowed_fd(store, PollFlags::OUT)));
+        let reported: Vec<PollFlags> = if self.pumps() {
+            let at = [deadline, self.incumbent.deadline()].into_iter().flatten().min();
+            fds.push(PollFd::new(&self.incumbent, PollFlags::IN));
+            match self.pump.turn(&fds, at) {
+                Ok(turn) => turn.extra,
+                Err(error) => {
+                    self.pump_failed(error)?;
+                    Vec::new()
                 }
             }
+        } else {
+            blocking::wait(&self.incumbent, &mut fds, deadline)?;
+            fds.iter().map(PollFd::revents).collect()
         };
         let asked = |index: usize| reported.get(index).is_some_and(|flags| !flags.is_empty());
         Ok(Signalled {
             stop: asked(0) && self.signals.take_stop(),
             upgrade: asked(1) && self.signals.take_upgrade(),
         })
+    }
+
+    /// Whether bytes are moved now: not while nobody takes them, and not before a store holds where they come from, go to
+    /// and pass through.
+    fn pumps(&self) -> bool {
+        match &self.mode {
+            Mode::Lingering { .. } | Mode::Resting { .. } | Mode::Older(Older::Handed { .. }) => false,
+            Mode::Pumping | Mode::Stopping { .. } | Mode::Older(Older::Flushing { .. }) => {
+                self.kept.as_ref().is_none_or(|kept| kept.holds_streams(&self.items))
+            }
+        }
     }
 
     fn pump_failed(&mut self, error: PumpError) -> Result<(), Failure> {
@@ -205,6 +225,9 @@ impl Client {
             Mode::Pumping | Mode::Older(Older::Flushing { .. }) => {
                 self.incumbent.withdraw(Instant::now(), "the incumbent was told to stop");
                 self.pump.set_reading(false);
+                if let Some(kept) = &mut self.kept {
+                    kept.stopping();
+                }
                 self.mode = Mode::Stopping { until: Instant::now() + STOP_WITHIN };
                 Next::Go
             }
@@ -234,7 +257,7 @@ impl Client {
                     continue;
                 }
                 Turn::Offer(offer) => {
-                    match manifest(&self.pump) {
+                    match manifest(&self.pump, &self.items, self.kept.as_ref(), false) {
                         Ok(base) => {
                             if let Err(error) = offer.begin(base) {
                                 tracing::error!("serving on: {error}");
@@ -245,7 +268,7 @@ impl Client {
                     continue;
                 }
                 Turn::Batch(batch) => {
-                    batch.send(|id| descriptor(&self.pump, id));
+                    batch.send(|id| descriptor(&self.pump, &self.items, self.kept.as_ref(), id));
                     continue;
                 }
                 // A stop would be lost in an upgrade in place: the new program knows nothing of it.
@@ -253,8 +276,16 @@ impl Client {
                     freeze.resume(BUSY);
                     continue;
                 }
-                Turn::Freeze(freeze) => match manifest(&self.pump) {
-                    Ok(now) => Notice::Thawed(freeze.release_all(now, |id| descriptor(&self.pump, id))),
+                // A successor could not tell what is in the store from what is about to be.
+                Turn::Freeze(freeze) if self.kept.as_ref().is_some_and(|kept| kept.waits_for().is_some()) => {
+                    freeze.resume("the incumbent's store has not taken everything yet");
+                    continue;
+                }
+                Turn::Freeze(freeze) => match manifest(&self.pump, &self.items, self.kept.as_ref(), true) {
+                    Ok(now) => {
+                        let lend = |id| descriptor(&self.pump, &self.items, self.kept.as_ref(), id);
+                        Notice::Thawed(freeze.release_all(now, lend))
+                    }
                     Err(error) => {
                         freeze.resume(&error.to_string());
                         continue;
@@ -276,12 +307,16 @@ impl Client {
         match notice {
             Notice::Thawed(Ok(Outcome::Taken(by))) => {
                 tracing::info!("replaced by {by}");
+                if let (Some(_), Some(pid)) = (self.kept.take(), by.pid) {
+                    kept::name_successor(pid);
+                }
                 return Ok(Next::End);
             }
             Notice::Thawed(Ok(Outcome::Resumed(reason))) => {
                 tracing::warn!("serving on; the takeover ended {reason}");
             }
             Notice::Thawed(Ok(Outcome::Superseded(reason))) => {
+                self.kept = None;
                 let what = "another process holds the service lock, so that this one may not serve; the takeover ended";
                 return Err(Failure::new(Exit::Failed, anyhow!("{what} {reason}")));
             }
@@ -293,6 +328,9 @@ impl Client {
             }
             Notice::Quit(connection) if self.older() == Some(connection) => {
                 tracing::info!("replaced by a program of protocol 0");
+                if let Some(kept) = self.kept.take() {
+                    kept.forget(&self.items);
+                }
                 return Ok(Next::End);
             }
             Notice::Quit(_) => {
@@ -384,13 +422,18 @@ impl Client {
         self.mode = Mode::Pumping;
     }
 
-    /// Tells status which connection there is.
-    fn show(&mut self) {
-        let connection = self.pump.socket().map(|_| self.pump.connection_id());
-        if self.shown != connection {
-            self.shown = connection;
-            let item = connection.map(|id| (ItemId(id), SERVER.to_string(), Kind::TcpStream));
-            self.incumbent.set_items(item);
+    /// Keeps what the pump has, and tells status and the supervisor of it.
+    fn keep(&mut self) {
+        let (new, ended) = self.items.update(&self.pump);
+        let changed = !new.is_empty() || !ended.is_empty();
+        if changed {
+            self.items.show(&mut self.incumbent);
+        }
+        let Some(kept) = &mut self.kept else { return };
+        kept.update(&mut self.pump, &self.items, &new, ended);
+        kept.show_life(Instant::now());
+        if changed {
+            kept.status(if self.pump.socket().is_some() { "connected" } else { "connecting" });
         }
     }
 }
@@ -407,23 +450,28 @@ fn older_asks(mut asked: Asked<'_, ChatRequest>, busy: bool) -> Option<Older> {
     Some(Older::Flushing { connection: asked.defer(), until: Instant::now() + FLUSH_WITHIN })
 }
 
-/// Everything as it is now. An item's id is the number of its connection: each has a new one.
-fn manifest(pump: &Pump) -> Result<Base, CodecError> {
-    let state = Cbor::encode(&pump.state())?;
-    let item = pump.socket().map(|_| Entry {
-        id: ItemId(pump.connection_id()),
-        name: SERVER.into(),
-        kind: Kind::TcpStream,
-        state: Vec::new(),
-    });
+/// Everything as it is now, and `frozen` as well what travels in the freeze alone.
+fn manifest(pump: &Pump, items: &Items, kept: Option<&Kept>, frozen: bool) -> Result<Base, CodecError> {
+    let mut state = pump.state();
+    state.streams = items.that_travel(Travels::Never).collect();
+    let mut entries = items.entries(frozen);
+    entries.extend(kept.map(|kept| kept.ledger().0));
+    entries.sort_by_key(|entry| entry.id);
     Ok(Base {
-        state: Some(state),
-        items: item.into_iter().collect(),
-        next_id: pump.connection_id() + 1,
+        state: Some(Cbor::encode(&state)?),
+        items: entries,
+        next_id: items.next_id(),
         ..Base::default()
     })
 }
 
-fn descriptor(pump: &Pump, id: ItemId) -> Option<BorrowedFd<'_>> {
-    pump.socket().filter(|_| ItemId(pump.connection_id()) == id)
+/// Lends what a successor is to get.
+fn descriptor<'c>(
+    pump: &'c Pump,
+    items: &Items,
+    kept: Option<&'c Kept>,
+    id: ItemId,
+) -> Option<BorrowedFd<'c>> {
+    let ledger = kept.map(Kept::ledger).filter(|(entry, _)| entry.id == id);
+    ledger.map(|(_, descriptor)| descriptor).or_else(|| items.descriptor(pump, id))
 }

@@ -4,17 +4,24 @@
 //! old one has read and not yet written, and the old one ends. The server notices nothing; the outputs of all of them,
 //! one after the other, are what the server sent, byte for byte.
 
+mod begin;
 mod buffer;
 mod bytes;
 mod client;
+mod conduit;
 mod connect;
+mod items;
+mod kept;
 mod listen;
+mod note;
 mod older;
 mod pump;
+mod queue;
 mod reconnect;
 mod stdio;
 
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
@@ -27,13 +34,10 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::page::Page;
 use crate::signals::Signals;
+use begin::Beginning;
 use client::Client;
 use older::ChatRequest;
-use pump::{Pump, PumpState};
-use stdio::{Input, Output};
-
-/// The name of the connection among the items.
-const SERVER: &str = "server";
+use pump::PumpState;
 
 /// The options of `heirloom chat`.
 #[derive(clap::Args, Clone, Debug)]
@@ -73,6 +77,10 @@ again every second.
 
 Stdin, stdout and stderr are each process's own and are not handed over.
 
+Under a supervisor that keeps descriptors, heirloom-run(1) or systemd, a chat that is killed loses nothing: the next one goes on \
+with its connection, stdin and stdout, and with every byte that was on its way. A chat that is told to end leaves the connection to \
+the supervisor, for a restart.
+
 With --listen it is the chat server instead: it listens at ADDR, and passes on each line of a client to all others with \
 \"<userN> \" before it, N being the client's number; it announces who comes and who leaves. Control characters are escaped. A client \
 that does not read is cut off when more than --backlog is unsent to it. A server that is started with the same control socket takes \
@@ -95,16 +103,27 @@ over the listener and every client, with half-received lines and what is unsent.
         ),
     ],
     files: &[control::SOCKET, control::LOCK],
-    environment: &[control::RUNTIME_DIRECTORY],
+    environment: &[
+        control::RUNTIME_DIRECTORY,
+        (
+            "NOTIFY_SOCKET, LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID, HEIRLOOM_STORE",
+            "What a supervisor says that keeps descriptors; the chat tells it what to keep, and when it is ready (sd_notify(3)).",
+        ),
+        ("WATCHDOG_USEC, WATCHDOG_PID", "How often the supervisor wants to hear that the chat is alive."),
+    ],
     examples: &[
         ("heirloom chat", "Joins the server at 127.0.0.1:31337. Started again in another terminal, takes the connection over."),
         (
             "heirloom chat 127.0.0.1:6667 --name log </dev/null >>log",
             "Appends what a server sends to a file. The same command, started again, takes over without a gap in it.",
         ),
+        (
+            "heirloom run -- heirloom chat >>log",
+            "Is started again when it is killed, and goes on without a gap, on the same connection.",
+        ),
         ("heirloom chat --listen", "Is the server at 127.0.0.1:31337 that the first example joins."),
     ],
-    see_also: &["heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
+    see_also: &["heirloom-run(1)", "heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -136,39 +155,57 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
     let path = args.target.path("chat", &args.address)?;
     let service = service(&args.address);
     let replace = args.replace.into();
-    let (incumbent, state, socket) = loop {
+    let (incumbent, beginning, handed_over) = loop {
         match heirloom::start::<ChatRequest>(&path, service.clone(), Config::default(), replace)? {
             Start::Fresh(incumbent) => {
                 tracing::info!(control = %path.display(), server = args.address, "serving");
-                break (incumbent, PumpState::default(), None);
+                break (incumbent, Beginning::fresh(&path, &service.name)?, false);
             }
-            Start::Successor(successor) => match take_over(successor) {
+            Start::Successor(successor) => match take_over(successor, &path) {
                 Err(failure) if failure.incumbent_died && replace == Replace::Try => {
                     tracing::warn!("{failure}; starting again");
                 }
-                taken => break taken?,
+                taken => {
+                    let (incumbent, beginning) = taken?;
+                    break (incumbent, beginning, true);
+                }
             },
-            Start::InPlace(taken) => break go_on(*taken, true),
+            Start::InPlace(taken) => {
+                let (incumbent, beginning) = go_on(*taken, true, &path);
+                break (incumbent, beginning, true);
+            }
             Start::Preflight(preflight) => return answer(preflight),
-            Start::Older(older) => break older::take_over(older)?,
+            Start::Older(older) => {
+                let (incumbent, socket) = older::take_over(older)?;
+                break (incumbent, Beginning::older(socket, &path), true);
+            }
         }
     };
-    let config = pump::Config {
-        addresses,
-        input: Input::stdin().context("cannot use stdin")?,
-        output: Output::stdout().context("cannot use stdout")?,
-    };
-    Client::new(incumbent, Pump::resume(config, state, socket), signals, args.linger).run()
+    let (pump, items, kept) = beginning.pump(addresses, &service.name)?;
+    Client::new(incumbent, pump, items, kept, signals, args.linger).run(handed_over)
 }
 
+/// The schema of a state beside which there are pipes with bytes, and a store that holds them.
+const WITH_STORE: u32 = 2;
+/// That of a state in which everything is.
+const WITHOUT_STORE: u32 = 1;
+
 /// What the chat client with a server at this address is called at the control socket.
+///
+/// A program that knows nothing of pipes would lose what is in them, and leave the store with what is no longer so: where
+/// there is a supervisor it is refused.
 fn service(address: &str) -> Service {
-    Service::new(format!("chat {address}")).program("heirloom", env!("CARGO_PKG_VERSION"))
+    let supervised =
+        std::env::var_os(heirloom::notify::NOTIFY_SOCKET).is_some_and(|socket| !socket.is_empty());
+    Service::new(format!("chat {address}"))
+        .program("heirloom", env!("CARGO_PKG_VERSION"))
+        .schema(if supervised { WITH_STORE } else { WITHOUT_STORE }, WITHOUT_STORE..=WITH_STORE)
 }
 
 fn take_over(
     successor: heirloom::Successor,
-) -> Result<(Incumbent<ChatRequest>, PumpState, Option<TcpStream>), Failure> {
+    control: &Path,
+) -> Result<(Incumbent<ChatRequest>, Beginning), Failure> {
     let offered = successor.receive()?;
     // What cannot be read now would not be readable in the freeze either.
     if let Err(error) = offered.bundle().state::<PumpState>() {
@@ -180,14 +217,15 @@ fn take_over(
         complete.withdraw(&error);
         return Err(rolled_back(error));
     }
-    Ok(go_on(complete.accept::<ChatRequest>()?, false))
+    Ok(go_on(complete.accept::<ChatRequest>()?, false, control))
 }
 
 /// Goes on with what was handed over. `in_place` says that stdin and stdout are the same as before.
 fn go_on(
-    mut taken: heirloom::Taken<ChatRequest>,
+    taken: heirloom::Taken<ChatRequest>,
     in_place: bool,
-) -> (Incumbent<ChatRequest>, PumpState, Option<TcpStream>) {
+    control: &Path,
+) -> (Incumbent<ChatRequest>, Beginning) {
     tracing::info!(
         from = %taken.from,
         generation = taken.incumbent.generation(),
@@ -195,21 +233,7 @@ fn go_on(
         "{}",
         if in_place { "upgraded in place" } else { "took over" }
     );
-    let mut state: PumpState = match taken.bundle.state() {
-        Ok(state) => state.unwrap_or_default(),
-        // It could be decoded a moment ago, or in the preflight.
-        Err(error) => {
-            tracing::error!(%error, "what was read and not yet passed on is lost");
-            PumpState::default()
-        }
-    };
-    // A stdin of its own: what the incumbent's had to say of its end does not matter then.
-    state.stdin_open |= !in_place;
-    let socket = taken.bundle.take_all::<TcpStream>(SERVER).pop().map(|taken| taken.descriptor);
-    for entry in std::mem::take(&mut taken.bundle).close_rest() {
-        tracing::warn!(item = %entry, "closed an item that this version does not know");
-    }
-    (taken.incumbent, state, socket)
+    (taken.incumbent, Beginning::taken(taken.bundle, in_place, control))
 }
 
 /// Answers an incumbent that asks whether this program could take over.

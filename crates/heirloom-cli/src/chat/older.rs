@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use heirloom::{ConnectionId, Incumbent, Kind, OlderIncumbent};
 use serde::Deserialize;
 
-use super::pump::PumpState;
 use crate::failure::Failure;
 
 /// The chat client's own requests at the control socket.
@@ -43,12 +42,11 @@ impl Older {
 /// Takes the connection from an incumbent of protocol 0.
 pub(super) fn take_over(
     older: OlderIncumbent,
-) -> Result<(Incumbent<ChatRequest>, PumpState, Option<TcpStream>), Failure> {
+) -> Result<(Incumbent<ChatRequest>, Option<TcpStream>), Failure> {
     let (descriptor, incumbent) = older.take_over::<ChatRequest>()?;
     let socket = descriptor.and_then(tcp_stream);
     tracing::info!(connected = socket.is_some(), "took over from an incumbent of protocol 0");
-    let state = PumpState { connection_id: u64::from(socket.is_some()), ..PumpState::default() };
-    Ok((incumbent, state, socket))
+    Ok((incumbent, socket))
 }
 
 fn tcp_stream(descriptor: OwnedFd) -> Option<TcpStream> {

@@ -14,19 +14,22 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 use std::{fmt, mem};
 
+use heirloom::ItemId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
-use super::buffer::Buffer;
 use super::bytes;
+use super::conduit::Conduit;
 use super::connect::{Attempt, Progress};
+use super::queue::Queue;
 use super::reconnect::{GaveUp, Reconnect};
 use super::stdio::{Input, Intake, Output, WriteError};
 
@@ -36,6 +39,8 @@ const FROM_SERVER: usize = 256 * 1024;
 const FROM_STDIN: usize = 64 * 1024;
 /// The most bytes that a turn reads from, or sends to, one descriptor.
 const STEP: usize = 64 * 1024;
+/// What every socket takes at once that polls writable.
+const SMALL_STEP: usize = 4096;
 /// How long stdout is left alone when it polled writable but took nothing. A terminal does that when it has room for
 /// one byte and the next is a newline, which it writes as two.
 const STDOUT_PAUSE: Duration = Duration::from_millis(10);
@@ -46,6 +51,31 @@ pub(crate) struct Config {
     pub(crate) addresses: Vec<SocketAddr>,
     pub(crate) input: Input,
     pub(crate) output: Output,
+    /// Where bytes are on their way; without them in memory.
+    pub(crate) pipes: Option<Pipes>,
+}
+
+/// The two ways in the kernel, for a service whose descriptors a store holds: then no byte is lost with the process.
+pub(crate) struct Pipes {
+    pub(crate) from_server: Conduit,
+    pub(crate) from_stdin: Conduit,
+}
+
+impl Pipes {
+    /// With these ends of readers and writers, and what is in between; new ones where there are none.
+    pub(crate) fn new(
+        from_server: Option<(OwnedFd, OwnedFd)>,
+        from_stdin: Option<(OwnedFd, OwnedFd)>,
+    ) -> io::Result<Self> {
+        let conduit = |ends: Option<(OwnedFd, OwnedFd)>, limit| match ends {
+            Some((reader, writer)) => Conduit::adopt(reader, writer, limit),
+            None => Conduit::new(limit),
+        };
+        Ok(Self {
+            from_server: conduit(from_server, FROM_SERVER)?,
+            from_stdin: conduit(from_stdin, FROM_STDIN)?,
+        })
+    }
 }
 
 /// What a pump is made of besides descriptors: all that another process needs to go on. A field that is missing in an
@@ -68,6 +98,9 @@ pub(crate) struct PumpState {
     /// Which connection this is: 0 before the first, then one more each time.
     pub(crate) connection_id: u64,
     pub(crate) reconnect: Reconnect,
+    /// What a store holds of the streams that are this process's own: another one has others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) streams: Vec<ItemId>,
 }
 
 /// What a turn found.
@@ -95,8 +128,8 @@ pub(crate) struct Pump {
     input: Input,
     output: Output,
     link: Link,
-    from_server: Buffer,
-    from_stdin: Buffer,
+    from_server: Queue,
+    from_stdin: Queue,
     stdin_open: bool,
     reading: bool,
     bytes_in: u64,
@@ -117,6 +150,8 @@ enum Link {
         socket: TcpStream,
         /// Why sending failed, if it did: what the server sent before is still to be read.
         broken: Option<io::Error>,
+        /// Whether it may be touched: with queues in the kernel, not before somebody else holds it too.
+        held: bool,
     },
     GaveUp(GaveUp),
 }
@@ -135,10 +170,15 @@ impl Pump {
     pub(crate) fn resume(config: Config, state: PumpState, socket: Option<TcpStream>) -> Self {
         let now = Instant::now();
         let mut reconnect = state.reconnect;
+        let (from_server, from_stdin) = match config.pipes {
+            Some(pipes) => (Some(pipes.from_server), Some(pipes.from_stdin)),
+            None => (None, None),
+        };
+        let from_server = Queue::new(from_server, state.unwritten, FROM_SERVER);
         let link = match socket {
             Some(socket) => {
                 reconnect.connected(now);
-                Link::Connected { socket, broken: None }
+                Link::Connected { socket, broken: None, held: from_server.is_in_memory() }
             }
             None => Link::Waiting { until: now + reconnect.delay() },
         };
@@ -147,8 +187,8 @@ impl Pump {
             input: config.input,
             output: config.output,
             link,
-            from_server: Buffer::from_vec(state.unwritten, FROM_SERVER),
-            from_stdin: Buffer::from_vec(state.unsent, FROM_STDIN),
+            from_server,
+            from_stdin: Queue::new(from_stdin, state.unsent, FROM_STDIN),
             stdin_open: state.stdin_open,
             reading: true,
             bytes_in: state.bytes_in,
@@ -160,8 +200,9 @@ impl Pump {
         }
     }
 
-    /// All that another process needs to go on from here, but for the [`socket`](Pump::socket). An attempt to connect
-    /// that has not ended does not travel: the other process makes its own.
+    /// All that another process needs to go on from here, but for the [`socket`](Pump::socket) and the
+    /// [`conduits`](Pump::conduits), and what they hold. An attempt to connect that has not ended does not travel: the other
+    /// process makes its own.
     pub(crate) fn state(&self) -> PumpState {
         PumpState {
             unwritten: self.from_server.to_vec(),
@@ -171,6 +212,7 @@ impl Pump {
             bytes_out: self.bytes_out,
             connection_id: self.connection_id,
             reconnect: self.reconnect.clone(),
+            streams: Vec::new(),
         }
     }
 
@@ -179,6 +221,31 @@ impl Pump {
         match &self.link {
             Link::Connected { socket, .. } => Some(socket.as_fd()),
             _ => None,
+        }
+    }
+
+    /// The queues from the server and from stdin, if they are in the kernel.
+    pub(crate) fn conduits(&self) -> Option<(&Conduit, &Conduit)> {
+        Some((self.from_server.conduit()?, self.from_stdin.conduit()?))
+    }
+
+    /// Whether stdin may have more.
+    pub(crate) fn reads_on(&self) -> bool {
+        self.stdin_open
+    }
+
+    pub(crate) fn input(&self) -> &Input {
+        &self.input
+    }
+
+    pub(crate) fn output(&self) -> &Output {
+        &self.output
+    }
+
+    /// Lets it use the connection that there is: somebody else holds it too.
+    pub(crate) fn connection_is_held(&mut self) {
+        if let Link::Connected { held, .. } = &mut self.link {
+            *held = true;
         }
     }
 
@@ -290,18 +357,19 @@ impl Pump {
     }
 
     fn reads_stdin(&self) -> bool {
-        self.reading && self.stdin_open && self.from_stdin.space() > 0
+        self.reading && self.stdin_open && self.from_stdin.has_room()
     }
 
     fn reads_socket(&self) -> bool {
-        self.reading && self.from_server.space() > 0
+        self.reading && self.from_server.has_room()
     }
 
     /// The link's descriptor and what to poll it for, if anything can be done with it.
     fn link_interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         match &self.link {
             Link::Connecting(attempt) => Some((attempt.fd(), PollFlags::OUT)),
-            Link::Connected { socket, broken } => {
+            Link::Connected { held: false, .. } => None,
+            Link::Connected { socket, broken, held: true } => {
                 let mut events = PollFlags::empty();
                 events.set(PollFlags::IN, self.reads_socket());
                 events.set(PollFlags::OUT, broken.is_none() && !self.from_stdin.is_empty());
@@ -328,11 +396,16 @@ impl Pump {
         if !ready.contains(PollFlags::OUT) {
             return Ok(());
         }
-        let count = self.output.write(self.from_server.front()).map_err(|error| match error {
+        let written = match &mut self.from_server {
+            Queue::Memory(buffer) => {
+                self.output.write(buffer.front()).inspect(|count| buffer.consume(*count))
+            }
+            Queue::Kernel(conduit) => self.output.splice(conduit),
+        };
+        let count = written.map_err(|error| match error {
             WriteError::Closed => PumpError::StdoutClosed { unwritten },
             WriteError::Failed(source) => PumpError::Stdout { unwritten, source },
         })?;
-        self.from_server.consume(count);
         self.stdout_paused_until = (count == 0).then(|| now + STDOUT_PAUSE);
         Ok(())
     }
@@ -341,10 +414,19 @@ impl Pump {
         if ready.is_empty() {
             return;
         }
-        let room = self.from_stdin.space().min(STEP);
-        match self.input.read(ready, &mut self.scratch[..room]) {
-            Intake::Bytes(count) => self.from_stdin.push(&self.scratch[..count]),
-            Intake::NotNow => {}
+        let intake = match &mut self.from_stdin {
+            Queue::Memory(buffer) => {
+                let room = buffer.space().min(STEP);
+                let intake = self.input.read(ready, &mut self.scratch[..room]);
+                if let Intake::Bytes(count) = intake {
+                    buffer.push(&self.scratch[..count]);
+                }
+                intake
+            }
+            Queue::Kernel(conduit) => self.input.splice(ready, conduit),
+        };
+        match intake {
+            Intake::Bytes(_) | Intake::NotNow => {}
             Intake::Ended(cause) => {
                 self.stdin_open = false;
                 match cause {
@@ -365,9 +447,9 @@ impl Pump {
     fn work_link(&mut self, ready: PollFlags, now: Instant) {
         match mem::replace(&mut self.link, Link::Waiting { until: now }) {
             Link::Connecting(attempt) => self.progress(attempt.check(!ready.is_empty(), now), now),
-            Link::Connected { socket, mut broken } if !ready.is_empty() => {
+            Link::Connected { socket, mut broken, held } if !ready.is_empty() => {
                 match self.exchange(&socket, &mut broken, ready) {
-                    None => self.link = Link::Connected { socket, broken },
+                    None => self.link = Link::Connected { socket, broken, held },
                     Some(cause) => self.lost(&format!("connection lost: {cause}"), now),
                 }
             }
@@ -385,7 +467,7 @@ impl Pump {
                 }
                 self.connection_id = self.connection_id.saturating_add(1);
                 self.reconnect.connected(now);
-                self.link = Link::Connected { socket, broken: None };
+                self.link = Link::Connected { socket, broken: None, held: self.from_server.is_in_memory() };
             }
             Progress::Failed(cause) => self.lost(&format!("cannot connect to {cause}"), now),
         }
@@ -411,16 +493,14 @@ impl Pump {
     ) -> Option<String> {
         let failed = ready.intersects(PollFlags::ERR | PollFlags::HUP);
         if self.reads_socket() && (failed || ready.contains(PollFlags::IN)) {
-            let room = self.from_server.space().min(STEP);
-            match recv(socket, &mut self.scratch[..room], RecvFlags::DONTWAIT) {
-                Ok((_, 0)) => {
+            match self.receive(socket) {
+                Ok(0) => {
                     return Some(match broken {
                         Some(error) => error.to_string(),
                         None => "the server closed it".to_owned(),
                     });
                 }
-                Ok((_, count)) => {
-                    self.from_server.push(&self.scratch[..count]);
+                Ok(count) => {
                     self.bytes_in = self.bytes_in.saturating_add(count as u64);
                     self.reconnect.delivered();
                 }
@@ -430,18 +510,42 @@ impl Pump {
         }
         let sends = broken.is_none() && !self.from_stdin.is_empty();
         if sends && (failed || ready.contains(PollFlags::OUT)) {
-            let bytes = self.from_stdin.front();
-            let bytes = &bytes[..bytes.len().min(STEP)];
-            match send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(count) => {
-                    self.from_stdin.consume(count);
-                    self.bytes_out = self.bytes_out.saturating_add(count as u64);
-                }
+            match self.send(socket) {
+                Ok(count) => self.bytes_out = self.bytes_out.saturating_add(count as u64),
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => *broken = Some(error.into()),
             }
         }
         None
+    }
+
+    fn receive(&mut self, socket: &TcpStream) -> Result<usize, Errno> {
+        match &mut self.from_server {
+            Queue::Memory(buffer) => {
+                let room = buffer.space().min(STEP);
+                let (_, count) = recv(socket, &mut self.scratch[..room], RecvFlags::DONTWAIT)?;
+                buffer.push(&self.scratch[..count]);
+                Ok(count)
+            }
+            Queue::Kernel(conduit) => conduit.fill(socket),
+        }
+    }
+
+    fn send(&mut self, socket: &TcpStream) -> Result<usize, Errno> {
+        match &mut self.from_stdin {
+            Queue::Memory(buffer) => {
+                let bytes = buffer.front();
+                let bytes = &bytes[..bytes.len().min(STEP)];
+                let count = send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
+                buffer.consume(count);
+                Ok(count)
+            }
+            // One that is blocking (an older program may have made it) blocks when more is sent than has room.
+            Queue::Kernel(conduit) => conduit.drain(
+                socket,
+                if fcntl_getfl(socket)?.contains(OFlags::NONBLOCK) { STEP } else { SMALL_STEP },
+            ),
+        }
     }
 }
 
@@ -456,6 +560,7 @@ impl Default for PumpState {
             bytes_out: 0,
             connection_id: 0,
             reconnect: Reconnect::default(),
+            streams: Vec::new(),
         }
     }
 }

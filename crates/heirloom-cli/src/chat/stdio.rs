@@ -12,15 +12,29 @@
 //!
 //! A file is not opened anew, since its offset is shared too, and has to be. Nor is a pipe: one that is opened for
 //! reading after its last writer has gone does not report the hang-up.
+//!
+//! From and to a [`Conduit`] bytes go by splice(2), which the kernel completes even for a process that is killed in it. What
+//! cannot be spliced is copied, in an order in which as little as possible is in doubt in between:
+//!
+//! | | into the conduit | out of the conduit |
+//! |---|---|---|
+//! | file that is appended to (`>>`), or shared with stderr | by splice | with a [`Note`] |
+//! | anything that splice(2) refuses with EINVAL | read, then pushed | copied and written, then discarded |
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::PollFlags;
-use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, open};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2, read, write};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::termios::isatty;
+
+use super::conduit::Conduit;
+use super::note::Note;
+
+/// The most that is copied at once where splice(2) does not work.
+const COPIED: usize = 4096;
 
 /// Where the bytes for the server come from.
 pub(crate) struct Input {
@@ -32,6 +46,8 @@ pub(crate) struct Input {
 pub(crate) struct Output {
     fd: OwnedFd,
     kind: Kind,
+    /// What is being written, for a process that finds out after a crash.
+    note: Option<Note>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +90,7 @@ impl Input {
         Ok(Self { fd, kind })
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
@@ -85,6 +101,26 @@ impl Input {
             Kind::Pipe => read_now(&self.fd, buffer),
             _ => read(&self.fd, &mut *buffer),
         };
+        Self::intake(ready, result)
+    }
+
+    /// Like [`read`](Input::read), into a conduit that has room.
+    pub(super) fn splice(&self, ready: PollFlags, into: &mut Conduit) -> Intake {
+        match into.fill(&self.fd) {
+            Err(Errno::INVAL) => {
+                let mut bytes = [0; COPIED];
+                let intake = self.read(ready, &mut bytes);
+                if let Intake::Bytes(count) = intake {
+                    into.push(&bytes[..count]);
+                }
+                intake
+            }
+            Err(Errno::AGAIN) if !into.has_room() => Intake::NotNow,
+            result => Self::intake(ready, result),
+        }
+    }
+
+    fn intake(ready: PollFlags, result: Result<usize, Errno>) -> Intake {
         match result {
             Ok(0) => Intake::Ended(None),
             Ok(count) => Intake::Bytes(count),
@@ -106,10 +142,34 @@ impl Output {
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         let kind = Kind::of(&fd)?;
         let fd = own_description(fd, kind, OFlags::WRONLY);
-        Ok(Self { fd, kind })
+        Ok(Self { fd, kind, note: None })
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    /// Whether a [`splice`](Output::splice) is exact only with a note: into a file that is appended to, or that stderr goes to as
+    /// well. The place at which splice(2) writes is not guarded against who writes at the same time.
+    pub(crate) fn wants_note(&self) -> bool {
+        let appends = || fcntl_getfl(&self.fd).is_ok_and(|flags| flags.contains(OFlags::APPEND));
+        self.kind == Kind::File && (appends() || is_same_file(&self.fd, io::stderr()))
+    }
+
+    /// From now on notes down what is written.
+    pub(crate) fn keep_note(&mut self, note: Note) {
+        self.note = Some(note);
+    }
+
+    pub(crate) fn note(&self) -> Option<&Note> {
+        self.note.as_ref()
+    }
+
+    /// Settles what a killed process has left in doubt: drops from the conduit what was written already.
+    pub(super) fn settle(&self, from: &mut Conduit) -> io::Result<()> {
+        match &self.note {
+            Some(note) => note.settle(self.fd.as_fd(), from),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
@@ -126,6 +186,34 @@ impl Output {
             Kind::Pipe => write_now(&self.fd, chunk),
             _ => write(&self.fd, chunk),
         };
+        self.written(result)
+    }
+
+    /// Like [`write`](Output::write), what is in a conduit.
+    pub(super) fn splice(&self, from: &mut Conduit) -> Result<usize, WriteError> {
+        let result = match &self.note {
+            Some(note) => note
+                .write_from(self.fd.as_fd(), from)
+                .map_err(|error| Errno::from_io_error(&error).ok_or(error)),
+            None => from.drain(&self.fd, self.kind.step()).map_err(Ok),
+        };
+        match result {
+            Err(Ok(Errno::INVAL)) => self.copy(from),
+            Err(Err(error)) => Err(WriteError::Failed(error)),
+            Ok(count) => self.written(Ok(count)),
+            Err(Ok(error)) => self.written(Err(error)),
+        }
+    }
+
+    fn copy(&self, from: &mut Conduit) -> Result<usize, WriteError> {
+        let mut bytes = [0; COPIED];
+        let count = from.peek(&mut bytes[..self.kind.chunk().min(COPIED)]).map_err(WriteError::Failed)?;
+        let written = self.write(&bytes[..count])?;
+        from.discard(written).map_err(WriteError::Failed)?;
+        Ok(written)
+    }
+
+    fn written(&self, result: Result<usize, Errno>) -> Result<usize, WriteError> {
         match result {
             Ok(count) => Ok(count),
             Err(Errno::AGAIN | Errno::INTR) => Ok(0),
@@ -156,6 +244,20 @@ impl Kind {
             Self::Terminal => 256,
         }
     }
+
+    /// The most that is spliced at once. Into a pipe that never blocks; into a socket it does, if more is sent than has room.
+    fn step(self) -> usize {
+        match self {
+            Self::File | Self::Pipe => 64 * 1024,
+            Self::Socket | Self::Other => 4096,
+            Self::Terminal => 256,
+        }
+    }
+}
+
+fn is_same_file(a: impl AsFd, b: impl AsFd) -> bool {
+    let identity = |fd: BorrowedFd<'_>| fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+    identity(a.as_fd()).is_some_and(|a| identity(b.as_fd()) == Some(a))
 }
 
 /// A terminal with a non-blocking open file description of our own where we may open it, else `fd` as it is.

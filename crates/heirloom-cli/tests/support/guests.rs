@@ -48,6 +48,18 @@ impl Guest {
         Guest::greeted(TcpStream::connect(address).expect("the server listens"))
     }
 
+    /// Like [`Guest::join`]; `None` if the connection ended before it was greeted.
+    pub(crate) fn try_join(address: SocketAddr) -> Option<Guest> {
+        let socket = TcpStream::connect(address).expect("somebody listens");
+        socket.set_read_timeout(Some(LONG)).expect("setsockopt");
+        match socket.peek(&mut [0]) {
+            Ok(1..) => Some(Guest::greeted(socket)),
+            Ok(0) => None,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => None,
+            Err(error) => panic!("nobody is greeted: {error}"),
+        }
+    }
+
     /// Like [`Guest::join`], with little room in the kernel for what is not read.
     pub(crate) fn join_narrow(address: SocketAddr) -> Guest {
         let socket =

@@ -6,6 +6,7 @@ pub(crate) mod generations;
 pub(crate) mod guests;
 pub(crate) mod proc;
 pub(crate) mod random;
+pub(crate) mod supervised;
 pub(crate) mod talk;
 pub(crate) mod upgrading;
 

@@ -123,7 +123,7 @@ impl Core {
 
     /// Waits and starts again, or gives up.
     pub(super) fn failed(&mut self, well: Duration, now: Moment) {
-        match self.backoff.failed(well, self.options.tries) {
+        match self.backoff.failed(well, self.options.tries, self.options.restart_delay) {
             Some(wait) => {
                 tracing::warn!(stored = self.store.len(), "starting again in {wait:?}, with what is stored");
                 self.phase = Phase::Waiting { until: now.after(wait) };

@@ -7,7 +7,7 @@
 use std::io;
 
 use heirloom_sys::{Signal as Received, SignalMask, send_signal};
-use rustix::process::{Pid, Signal, WaitOptions, getpgid, getpgrp, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, getpgid, getpgrp, wait, waitpid};
 
 use super::Core;
 use crate::clock::Moment;
@@ -94,7 +94,12 @@ impl Core {
     }
 
     fn reap_one(&mut self, pid: Option<Pid>) -> bool {
-        match waitpid(pid, WaitOptions::NOHANG) {
+        // To rustix's waitpid nobody means this process group alone.
+        let ended = match pid {
+            Some(pid) => waitpid(Some(pid), WaitOptions::NOHANG),
+            None => wait(WaitOptions::NOHANG),
+        };
+        match ended {
             Ok(Some((pid, status))) => {
                 self.has_ended(pid.as_raw_nonzero().get().unsigned_abs(), Ended::of(status));
                 true

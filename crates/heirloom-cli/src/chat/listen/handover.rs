@@ -1,9 +1,10 @@
 //! What a server hands over: its listener, and each client's connection with what was begun.
 //!
 //! There is no state beside that of the clients. Counters travel with the incumbent's own record, user numbers are the
-//! ids of items, which are never given out twice.
+//! ids of items, which are never given out twice. The journal and the store's ledger go along where there are any; a program that
+//! does not know them has everything all the same.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{TcpListener, TcpStream};
 
@@ -14,14 +15,21 @@ use heirloom::{Bundle, Cbor, Codec, CodecError, Entry, Incumbent, ItemId, Kind, 
 use mio::{Interest, Poll};
 use serde::{Deserialize, Serialize};
 
-use super::client::{Client, name, token};
+use super::client::{Client, name};
+use super::connection::{Connection, token};
 use super::door::Door;
+use super::event::Counted;
+use super::outbox::Outbox;
+use super::recovery::Stored;
 use super::room::{Counters, Room};
 use super::size::LARGEST;
+use super::switchboard::Switchboard;
 use crate::chat::bytes;
 
 /// The name of the listener among the items.
-const LISTENER_NAME: &str = "listener";
+pub(super) const LISTENER_NAME: &str = "listener";
+/// The name of the journal.
+pub(super) const JOURNAL_NAME: &str = "journal";
 
 /// The state of a client's item.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,28 +52,52 @@ pub(super) fn limits() -> Limits {
     Limits { item_state_bytes: LARGEST + (16 << 20), manifest_bytes: 1 << 30, ..Limits::default() }
 }
 
-/// Everything as it is now.
-pub(super) fn manifest(listener: ItemId, room: &Room) -> Result<Base, CodecError> {
-    let listener =
-        Entry { id: listener, name: LISTENER_NAME.into(), kind: Kind::TcpListener, state: Vec::new() };
-    let mut items = vec![listener];
-    for (id, client, leaving) in room.all() {
+/// Everything as it is now. `kept` are the items that only the store's [keeper](super::keeper) knows.
+pub(super) fn manifest(
+    listener: ItemId,
+    room: &Room,
+    kept: impl Iterator<Item = Entry>,
+    next_id: ItemId,
+) -> Result<Base, CodecError> {
+    let mut items = vec![listener_entry(listener)];
+    items.extend(kept);
+    for client in room.clients() {
         let state = ClientState {
             address: client.address().into(),
             half_line: client.half_line().into(),
             unsent: client.outbox().to_vec(),
-            leaving,
+            leaving: client.is_leaving(),
         };
-        items.push(Entry { id, name: client.name(), kind: Kind::TcpStream, state: Cbor::encode(&state)? });
+        items.push(client_entry(client.id(), Cbor::encode(&state)?));
     }
     items.sort_unstable_by_key(|entry| entry.id);
-    Ok(Base { items, next_id: room.next_id().0, ..Base::default() })
+    Ok(Base { items, next_id: next_id.0, ..Base::default() })
+}
+
+/// The listener as an item.
+pub(super) fn listener_entry(id: ItemId) -> Entry {
+    Entry { id, name: LISTENER_NAME.into(), kind: Kind::TcpListener, state: Vec::new() }
+}
+
+/// A client as an item of the store, which does not know more of it than where it comes from.
+pub(super) fn stored_entry(id: ItemId, address: &str) -> Result<Entry, CodecError> {
+    let state = ClientState { address: address.into(), ..ClientState::default() };
+    Ok(client_entry(id, Cbor::encode(&state)?))
+}
+
+fn client_entry(id: ItemId, state: Vec<u8>) -> Entry {
+    Entry { id, name: name(id), kind: Kind::TcpStream, state }
 }
 
 /// What status shows: the same items.
-pub(super) fn items(listener: ItemId, room: &Room) -> impl Iterator<Item = (ItemId, String, Kind)> {
-    let clients = room.all().map(|(id, client, _)| (id, client.name(), Kind::TcpStream));
-    std::iter::once((listener, LISTENER_NAME.to_owned(), Kind::TcpListener)).chain(clients)
+pub(super) fn items(
+    listener: ItemId,
+    room: &Room,
+    kept: impl Iterator<Item = Entry>,
+) -> impl Iterator<Item = (ItemId, String, Kind)> {
+    let clients = room.clients().map(|client| (client.id(), client.name(), Kind::TcpStream));
+    let kept = kept.map(|entry| (entry.id, entry.name, entry.kind));
+    std::iter::once((listener, LISTENER_NAME.to_owned(), Kind::TcpListener)).chain(kept).chain(clients)
 }
 
 /// Whether this version could serve what was handed over. No descriptor is touched.
@@ -108,44 +140,62 @@ impl Ahead {
     }
 }
 
-/// What a server serves.
-pub(super) struct Parts {
-    pub(super) poll: Poll,
-    pub(super) listener: ItemId,
-    pub(super) door: Door,
-    pub(super) room: Room,
-}
-
-/// Takes everything out of a bundle that now belongs to this process, whatever of it was registered ahead.
+/// Takes listener and clients out of a bundle that now belongs to this process, whatever of it was registered ahead. With
+/// `counts` the kernel is asked how far everybody is.
 pub(super) fn resume<A>(
-    mut bundle: Bundle,
+    bundle: &mut Bundle,
     incumbent: &Incumbent<A>,
     ahead: Ahead,
     backlog: usize,
-) -> anyhow::Result<Parts> {
+    counts: bool,
+) -> anyhow::Result<(Poll, ItemId, Door, Switchboard)> {
     let Ahead { poll, registered } = ahead;
-    let next_id = bundle.next_id();
-    let clients: Vec<ItemId> =
-        bundle.entries().filter(|entry| is_client(entry)).map(|entry| entry.id).collect();
     let listener = bundle.take::<TcpListener>(LISTENER_NAME)?;
     let door = Door::new(listener.descriptor);
     if !registered.contains(&listener.id) {
         door.register(poll.registry(), token(listener.id)).context("cannot wait for clients")?;
     }
-    let mut room = Room::new(poll.registry().try_clone()?, backlog, next_id, counters(incumbent));
-    for id in clients {
+    let mut room = Room::new(bundle.next_id(), counters(incumbent));
+    let mut connections = Vec::new();
+    for id in clients(bundle) {
         let item = bundle.take_id::<TcpStream>(id)?;
         let state = state(&item.state, &item.name)?;
-        let client = Client::resume(id, item.descriptor, state.address, state.half_line, state.unsent);
+        let connection = Connection::new(item.descriptor);
         if !registered.contains(&id) {
-            client.register(poll.registry()).with_context(|| format!("cannot wait for {}", item.name))?;
+            let registered = connection.register(poll.registry(), id);
+            registered.with_context(|| format!("cannot wait for {}", item.name))?;
         }
-        room.resume(id, client, state.leaving);
+        // It always can; if not, a kill of this process ends the connection.
+        let counted = if counts { connection.count().unwrap_or_default() } else { Counted::default() };
+        let outbox = Outbox::resume(&state.unsent);
+        room.resume(Client::resume(id, state.address, state.half_line, outbox, state.leaving, counted));
+        connections.push((id, connection));
     }
+    let mut switchboard = Switchboard::new(poll.registry().try_clone()?, backlog, room);
+    connections.into_iter().for_each(|(id, connection)| switchboard.resume(id, connection));
+    Ok((poll, listener.id, door, switchboard))
+}
+
+/// Takes the connections of all clients out of what a store has kept.
+pub(super) fn take_stored(bundle: &mut Bundle) -> anyhow::Result<BTreeMap<ItemId, Stored>> {
+    let clients = clients(bundle).into_iter();
+    let stored = clients.map(|id| {
+        let item = bundle.take_id::<TcpStream>(id)?;
+        let address = state(&item.state, &item.name)?.address;
+        Ok((id, Stored { socket: item.descriptor, address }))
+    });
+    stored.collect()
+}
+
+fn clients(bundle: &Bundle) -> Vec<ItemId> {
+    bundle.entries().filter(|entry| is_client(entry)).map(|entry| entry.id).collect()
+}
+
+/// Closes what nobody has taken.
+pub(super) fn close_rest(bundle: Bundle) {
     for entry in bundle.close_rest() {
         tracing::warn!(item = %entry, "closed an item that this version does not know");
     }
-    Ok(Parts { poll, listener: listener.id, door, room })
 }
 
 /// Sets the counters, which travel with the incumbent.

@@ -11,14 +11,24 @@
 //! - User numbers are not used again.
 
 mod client;
+mod connection;
 mod door;
 mod escape;
+mod event;
 mod handover;
+mod house;
+mod ids;
+mod journal;
+mod keeper;
+#[cfg(test)]
+mod killed;
 mod lines;
 mod outbox;
+mod recovery;
 mod room;
 mod server;
 pub(super) mod size;
+mod switchboard;
 
 use anyhow::{Context, anyhow};
 use heirloom::{Config, NoRequests, Replace, Service, Start, Successor, Taken};

@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 /// How many texts are sent with one system call.
 const AT_ONCE: usize = 64;
+/// The longest text that an outbox is resumed with.
+const PIECE: usize = 1 << 20;
 
 /// A queue of texts, the first of which may have been sent in part.
 #[derive(Debug, Default)]
@@ -22,10 +24,21 @@ pub(super) struct Outbox {
 
 impl Outbox {
     /// An outbox that holds these bytes.
-    pub(super) fn resume(unsent: Vec<u8>) -> Outbox {
+    pub(super) fn resume(unsent: &[u8]) -> Outbox {
+        Outbox::of(unsent.chunks(PIECE).map(Arc::from), 0)
+    }
+
+    /// An outbox that holds these texts, of the first of which so much has been sent.
+    pub(super) fn of(texts: impl IntoIterator<Item = Arc<[u8]>>, sent: usize) -> Outbox {
         let mut outbox = Outbox::default();
-        outbox.push(&unsent.into());
+        texts.into_iter().for_each(|text| outbox.push(&text));
+        outbox.consume(sent);
         outbox
+    }
+
+    /// The texts that are not sent as a whole, and how much of the first has been.
+    pub(super) fn texts(&self) -> (impl Iterator<Item = &Arc<[u8]>>, usize) {
+        (self.texts.iter(), self.sent)
     }
 
     /// Appends a text.
@@ -126,7 +139,7 @@ mod tests {
                 outbox.consume(take);
                 bytes.drain(..take);
                 if resumed {
-                    outbox = Outbox::resume(outbox.to_vec());
+                    outbox = Outbox::resume(&outbox.to_vec());
                 }
                 prop_assert_eq!(outbox.len(), bytes.len());
                 prop_assert!(bytes.iter().eq(&outbox.to_vec()));

@@ -1,10 +1,10 @@
-//! The server as it serves: one loop over the door, the room, the control socket and the signals.
+//! The server as it serves: one loop over the [house](House), the control socket and the signals.
 //!
 //! It promises that nothing is touched between a freeze and its end, and that an idle server does nothing.
 
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -14,24 +14,24 @@ use heirloom::{HandoverError, Incumbent, ItemId, NoRequests, Outcome, Taken, Tur
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
-use super::client::token;
-use super::door::Door;
-use super::handover::{self, Ahead, Parts};
-use super::room::{Counters, Room};
+use super::connection::token;
+use super::handover::{self, Ahead};
+use super::house::House;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::signals::Signals;
 
-/// The listener is the first item of the first process, and keeps its id for ever.
-const LISTENER: ItemId = ItemId::FIRST;
 /// Items have the tokens of their ids; the incumbent has that of the control listener, which is no item of ours.
 const INCUMBENT: Token = Token(ItemId::CONTROL.0 as usize);
-/// An id that no item will ever have.
+/// Ids that no item will ever have.
 const SIGNALS: Token = Token(usize::MAX);
+const STORE: Token = Token(usize::MAX - 1);
 /// How many events are taken from the poller at once.
 const EVENTS: usize = 1024;
 /// How long outboxes may take to empty when the server is told to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
+/// What a successor is told that comes too early.
+const WAITING: &str = "the supervisor has not taken everything into its store yet; try again";
 /// What a successor is told that comes too late.
 const STOPPING: &str = "the incumbent is stopping";
 
@@ -39,9 +39,7 @@ pub(super) struct Server {
     poll: Poll,
     incumbent: Incumbent<NoRequests>,
     signals: Signals,
-    listener: ItemId,
-    door: Door,
-    room: Room,
+    house: House,
     /// A stop was asked for: until then outboxes are emptied.
     stopping: Option<Instant>,
 }
@@ -63,22 +61,18 @@ enum Notice {
 }
 
 impl Server {
-    /// A server without clients, that listens at the first of these addresses that is free.
+    /// A server that nobody hands over: with what a store has kept of the last one, or without clients, at the first of these
+    /// addresses that is free.
     pub(super) fn fresh(
         incumbent: Incumbent<NoRequests>,
         addresses: &[SocketAddr],
         signals: Signals,
         backlog: usize,
     ) -> anyhow::Result<Server> {
-        match open(addresses, backlog) {
-            Ok(opened) => Server::new(incumbent, signals, opened),
+        match House::restored(incumbent.path(), addresses, backlog) {
+            Ok((poll, house)) => Server::new(incumbent, signals, poll, house),
             Err(error) => {
                 incumbent.retire();
-                let places: Vec<String> = addresses.iter().map(SocketAddr::to_string).collect();
-                let error = anyhow!(
-                    "cannot listen at {}: {error:#}; give an address of this machine whose port is free",
-                    places.join(" or ")
-                );
                 Err(error)
             }
         }
@@ -92,33 +86,39 @@ impl Server {
         backlog: usize,
     ) -> anyhow::Result<Server> {
         let Taken { bundle, incumbent, from, pause } = taken;
-        let parts = handover::resume(bundle, &incumbent, ahead, backlog)?;
+        let (poll, house) = House::resume(bundle, &incumbent, ahead, backlog)?;
         tracing::info!(
             %from,
             generation = incumbent.generation(),
             pause_us = pause.as_micros() as u64,
-            clients = parts.room.len(),
+            clients = house.clients(),
             "took over"
         );
-        Server::new(incumbent, signals, parts)
+        Server::new(incumbent, signals, poll, house)
     }
 
-    fn new(mut incumbent: Incumbent<NoRequests>, signals: Signals, parts: Parts) -> anyhow::Result<Server> {
-        let Parts { poll, listener, door, room } = parts;
+    fn new(
+        mut incumbent: Incumbent<NoRequests>,
+        signals: Signals,
+        poll: Poll,
+        mut house: House,
+    ) -> anyhow::Result<Server> {
         let registry = poll.registry();
         registry.register(&mut incumbent, INCUMBENT, Interest::READABLE)?;
         for signal in [signals.stop(), signals.upgrade()] {
             registry.register(&mut SourceFd(&signal.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         }
-        tracing::info!(address = %door.address()?, control = %incumbent.path().display(), "listening");
-        Ok(Server { poll, incumbent, signals, listener, door, room, stopping: None })
+        house.ready();
+        let address = house.door.address()?;
+        tracing::info!(%address, control = %incumbent.path().display(), "listening");
+        Ok(Server { poll, incumbent, signals, house, stopping: None })
     }
 
     /// Serves until the server is replaced, stopped, or fails.
     pub(super) fn run(mut self) -> Result<Exit, Failure> {
         let next = self.serve();
         if let Ok(Next::Stop) = next {
-            self.room.end();
+            self.house.end();
         }
         // Does nothing if somebody else serves by now.
         self.incumbent.retire();
@@ -128,12 +128,12 @@ impl Server {
     fn serve(&mut self) -> Result<Next, Failure> {
         let mut events = Events::with_capacity(EVENTS);
         // Bytes in outboxes raise no event: they are tried before anything is waited for.
-        self.room.turn(Instant::now());
+        self.house.work(Instant::now(), true);
         self.show();
         loop {
             self.wait(&mut events)?;
             let mut next = self.look(&events);
-            self.work();
+            self.house.work(Instant::now(), self.stopping.is_none());
             if next == Next::Go {
                 next = self.answer(&events)?;
             }
@@ -148,11 +148,11 @@ impl Server {
 
     fn wait(&mut self, events: &mut Events) -> Result<(), Failure> {
         let now = Instant::now();
-        let timers = [self.door.deadline(), self.room.deadline(), self.stopping];
+        let timers = [self.house.deadline(), self.stopping];
         let timer = timers.into_iter().flatten().min().map(|at| at.saturating_duration_since(now));
-        let busy = self.room.has_more() || self.door.is_ready();
-        let work = busy.then_some(Duration::ZERO);
+        let work = self.house.has_more().then_some(Duration::ZERO);
         let patience = [work, timer, timeout(&self.incumbent)].into_iter().flatten().min();
+        self.house.wait_for_store(self.poll.registry(), STORE).context("cannot wait for the store")?;
         match self.poll.poll(events, patience) {
             Err(error) if error.kind() != ErrorKind::Interrupted => {
                 Err(anyhow!(error).context("cannot wait").into())
@@ -165,17 +165,18 @@ impl Server {
     fn look(&mut self, events: &Events) -> Next {
         for event in events {
             match event.token() {
-                INCUMBENT => {}
+                // The store takes more: it is tried in each turn.
+                INCUMBENT | STORE => {}
                 SIGNALS => {
                     if self.signalled() == Next::Stop {
                         return Next::Stop;
                     }
                 }
-                listener if listener == token(self.listener) => self.door.knock(),
+                listener if listener == token(self.house.listener) => self.house.door.knock(),
                 Token(id) => {
                     let readable = event.is_readable() || event.is_read_closed() || event.is_error();
                     let writable = event.is_writable() || event.is_write_closed();
-                    self.room.hear_of(ItemId(id as u64), readable, writable);
+                    self.house.switchboard.hear_of(ItemId(id as u64), readable, writable);
                 }
             }
         }
@@ -195,19 +196,6 @@ impl Server {
         Next::Go
     }
 
-    /// Lets in who waits, hears who has something to say, and sends.
-    fn work(&mut self) {
-        let now = Instant::now();
-        if self.stopping.is_none() {
-            self.door.accept(now, |socket, address| {
-                if let Err(error) = self.room.join(socket, address) {
-                    tracing::warn!(%error, "cannot let a client in");
-                }
-            });
-        }
-        self.room.turn(now);
-    }
-
     /// A stop was asked for: empties the outboxes first; a second request ends the server at once.
     fn stop(&mut self) -> Next {
         if self.stopping.is_some() {
@@ -215,8 +203,7 @@ impl Server {
         }
         let now = Instant::now();
         self.incumbent.withdraw(now, STOPPING);
-        self.door.close(self.poll.registry());
-        self.room.close();
+        self.house.close(self.poll.registry());
         self.stopping = Some(now + STOP_WITHIN);
         Next::Go
     }
@@ -224,7 +211,7 @@ impl Server {
     /// What is due after a turn.
     fn go_on(&mut self) -> Next {
         let Some(until) = self.stopping else { return Next::Go };
-        let unsent = self.room.unsent();
+        let unsent = self.house.switchboard.unsent();
         if unsent == 0 {
             return Next::Stop;
         }
@@ -250,7 +237,7 @@ impl Server {
                     continue;
                 }
                 Turn::Offer(offer) => {
-                    match handover::manifest(self.listener, &self.room) {
+                    match self.house.manifest() {
                         Ok(base) => {
                             if let Err(error) = offer.begin(base) {
                                 tracing::error!("serving on: {error}");
@@ -261,7 +248,7 @@ impl Server {
                     continue;
                 }
                 Turn::Batch(batch) => {
-                    batch.send(|id| descriptor(self.listener, &self.door, &self.room, id));
+                    batch.send(|id| self.house.descriptor(id));
                     continue;
                 }
                 // A stop would be lost in an upgrade in place: the new program knows nothing of it.
@@ -269,11 +256,17 @@ impl Server {
                     freeze.resume(STOPPING);
                     continue;
                 }
+                // The successor does not know what waits.
+                Turn::Freeze(freeze) if self.house.waits_for_store() => {
+                    freeze.resume(WAITING);
+                    continue;
+                }
                 // From here to the outcome nothing is touched: this thread is the only one, and it is here.
-                Turn::Freeze(freeze) => match handover::manifest(self.listener, &self.room) {
-                    Ok(now) => Notice::Thawed(
-                        freeze.release_all(now, |id| descriptor(self.listener, &self.door, &self.room, id)),
-                    ),
+                Turn::Freeze(freeze) => match self.house.manifest() {
+                    Ok(now) => {
+                        self.house.switchboard.hand_over();
+                        Notice::Thawed(freeze.release_all(now, |id| self.house.descriptor(id)))
+                    }
                     Err(error) => {
                         freeze.resume(&error.to_string());
                         continue;
@@ -287,7 +280,7 @@ impl Server {
                 Turn::Closed(_) | Turn::Delegated(_) => continue,
             };
             let next = match notice {
-                Notice::Thawed(outcome) => thaw(outcome)?,
+                Notice::Thawed(outcome) => self.thaw(outcome)?,
                 Notice::Quit => self.stop(),
             };
             if next != Next::Go {
@@ -296,45 +289,30 @@ impl Server {
         }
     }
 
+    /// What comes after a freeze.
+    fn thaw(&mut self, outcome: Result<Outcome, HandoverError>) -> Result<Next, Failure> {
+        match outcome {
+            Ok(Outcome::Taken(by)) => {
+                self.house.replaced(by.pid);
+                tracing::info!("replaced by {by}");
+                return Ok(Next::Replaced);
+            }
+            Ok(Outcome::Superseded(reason)) => {
+                let what = "another process holds the service lock, so that this one may not serve; the takeover ended";
+                return Err(Failure::new(Exit::Failed, anyhow!("{what} {reason}")));
+            }
+            Ok(Outcome::Resumed(reason)) => tracing::warn!("serving on; the takeover ended {reason}"),
+            Err(error) => tracing::error!("serving on: {error}"),
+        }
+        self.house.switchboard.keep();
+        Ok(Next::Go)
+    }
+
     /// Tells status and successors what there is.
     fn show(&mut self) {
-        handover::set_counters(&mut self.incumbent, self.room.counters());
-        if self.room.take_changed() {
-            self.incumbent.set_items(handover::items(self.listener, &self.room));
+        handover::set_counters(&mut self.incumbent, self.house.switchboard.room().counters());
+        if self.house.switchboard.take_changed() {
+            self.incumbent.set_items(self.house.items());
         }
     }
-}
-
-/// Listens at the first of these addresses that is free.
-fn open(addresses: &[SocketAddr], backlog: usize) -> anyhow::Result<Parts> {
-    let listener = TcpListener::bind(addresses)?;
-    listener.set_nonblocking(true)?;
-    let poll = Poll::new()?;
-    let door = Door::new(listener);
-    door.register(poll.registry(), token(LISTENER))?;
-    let next_id = ItemId(LISTENER.0 + 1);
-    let room = Room::new(poll.registry().try_clone()?, backlog, next_id, Counters::default());
-    Ok(Parts { poll, listener: LISTENER, door, room })
-}
-
-/// What comes after a freeze.
-fn thaw(outcome: Result<Outcome, HandoverError>) -> Result<Next, Failure> {
-    match outcome {
-        Ok(Outcome::Taken(by)) => {
-            tracing::info!("replaced by {by}");
-            return Ok(Next::Replaced);
-        }
-        Ok(Outcome::Resumed(reason)) => tracing::warn!("serving on; the takeover ended {reason}"),
-        Ok(Outcome::Superseded(reason)) => {
-            let what =
-                "another process holds the service lock, so that this one may not serve; the takeover ended";
-            return Err(Failure::new(Exit::Failed, anyhow!("{what} {reason}")));
-        }
-        Err(error) => tracing::error!("serving on: {error}"),
-    }
-    Ok(Next::Go)
-}
-
-fn descriptor<'s>(listener: ItemId, door: &'s Door, room: &'s Room, id: ItemId) -> Option<BorrowedFd<'s>> {
-    if id == listener { Some(door.descriptor()) } else { room.descriptor(id) }
 }

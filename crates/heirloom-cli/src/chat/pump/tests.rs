@@ -4,14 +4,19 @@ use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Read, Seek, Write, pipe};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::thread;
 
 use heirloom::{Cbor, Codec};
 use proptest::prelude::*;
 use proptest::sample::Index;
+use rustix::fs::{Mode, open};
 use rustix::io::ioctl_fionread;
 use rustix::net::sockopt::set_socket_linger;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, OptionalActions, OutputModes, tcgetattr, tcsetattr};
 
+use super::super::note::Note;
 use super::super::reconnect::MAX_ERRORS;
 use super::*;
 
@@ -26,16 +31,27 @@ struct Rig {
     listener: TcpListener,
 }
 
+/// Where a pump's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Place {
+    Memory,
+    Kernel,
+}
+
+const BOTH: [Place; 2] = [Place::Memory, Place::Kernel];
+
 impl Rig {
     fn new() -> Self {
+        Self::with(Place::Memory)
+    }
+
+    fn with(place: Place) -> Self {
         let (stdin_reader, stdin) = pipe().unwrap();
         let (stdout, stdout_writer) = pipe().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let pump = Pump::resume(
-            config(&listener, stdin_reader.into(), stdout_writer.into()),
-            PumpState::default(),
-            None,
-        );
+        let mut config = config(&listener, stdin_reader.into(), stdout_writer.into());
+        config.pipes = (place == Place::Kernel).then(pipes);
+        let pump = Pump::resume(config, PumpState::default(), None);
         Self { pump, stdin, stdout, listener }
     }
 
@@ -47,6 +63,7 @@ impl Rig {
     /// Turns until the pump has made the connection with this id. Returns the server's end.
     fn connection(&mut self, id: u64) -> TcpStream {
         drive(&mut self.pump, |pump| pump.connection_id() == id);
+        self.pump.connection_is_held();
         self.listener.accept().unwrap().0
     }
 }
@@ -56,7 +73,12 @@ fn config(listener: &TcpListener, stdin: OwnedFd, stdout: OwnedFd) -> Config {
         addresses: vec![listener.local_addr().unwrap()],
         input: Input::new(stdin).unwrap(),
         output: Output::new(stdout).unwrap(),
+        pipes: None,
     }
+}
+
+fn pipes() -> Pipes {
+    Pipes::new(None, None).unwrap()
 }
 
 /// Turns until `done` or an error.
@@ -64,6 +86,7 @@ fn try_drive(pump: &mut Pump, mut done: impl FnMut(&Pump) -> bool) -> Result<(),
     let started = Instant::now();
     while !done(pump) {
         assert!(started.elapsed() < TOO_LONG, "waited for too long");
+        pump.connection_is_held();
         pump.turn(&[], Some(Instant::now() + TICK))?;
     }
     Ok(())
@@ -107,6 +130,13 @@ fn hand_over(pump: Pump, encode: bool) -> Pump {
         addresses: pump.addresses.clone(),
         input: Input::new(duplicate(pump.input.fd())).unwrap(),
         output: Output::new(duplicate(pump.output.fd())).unwrap(),
+        pipes: pump.conduits().map(|(from_server, from_stdin)| {
+            let ends = |conduit: &Conduit| {
+                let (reader, writer) = conduit.ends();
+                Some((duplicate(reader), duplicate(writer)))
+            };
+            Pipes::new(ends(from_server), ends(from_stdin)).unwrap()
+        }),
     };
     let socket = pump.socket().map(|socket| TcpStream::from(duplicate(socket)));
     let mut state = pump.state();
@@ -114,7 +144,9 @@ fn hand_over(pump: Pump, encode: bool) -> Pump {
         state = serde_json::from_slice(&serde_json::to_vec(&state).unwrap()).unwrap();
     }
     drop(pump);
-    Pump::resume(config, state, socket)
+    let mut pump = Pump::resume(config, state, socket);
+    pump.connection_is_held();
+    pump
 }
 
 /// Bytes that do not repeat soon, so that a lost, repeated or swapped one shows.
@@ -144,8 +176,12 @@ fn read_exactly(reader: &mut impl Read, length: usize) -> Vec<u8> {
 
 #[test]
 fn ten_megabytes_each_way_survive_hundreds_of_handovers() {
+    BOTH.into_iter().for_each(ten_megabytes_each_way_survive_hundreds_of_handovers_in);
+}
+
+fn ten_megabytes_each_way_survive_hundreds_of_handovers_in(place: Place) {
     const SIZE: usize = 10 * 1024 * 1024;
-    let mut rig = Rig::new();
+    let mut rig = Rig::with(place);
     let server = rig.connect();
     let (down, up) = (noise(SIZE, 1), noise(SIZE, 2));
 
@@ -161,13 +197,15 @@ fn ten_megabytes_each_way_survive_hundreds_of_handovers() {
     let reader = read_meanwhile(rig.stdout, SIZE);
 
     let started = Instant::now();
+    // A splice moves more at once than a pipe takes from memory.
+    let every = if place == Place::Memory { 8 } else { 2 };
     let (mut pump, mut turns, mut handovers) = (rig.pump, 0_u32, 0_u32);
     while !(reader.is_finished() && receiver.is_finished()) {
         assert!(started.elapsed() < TOO_LONG, "waited for too long");
         pump.turn(&[], Some(Instant::now() + TICK)).unwrap();
         turns += 1;
         // At uneven intervals, so that every state is met with.
-        if turns.wrapping_mul(2654435761) % 8 == 0 {
+        if turns.wrapping_mul(2654435761) % every == 0 {
             handovers += 1;
             pump = hand_over(pump, handovers % 16 == 0);
         }
@@ -184,7 +222,11 @@ fn ten_megabytes_each_way_survive_hundreds_of_handovers() {
 
 #[test]
 fn a_pump_goes_on_after_a_takeover_that_came_to_nothing() {
-    let mut rig = Rig::new();
+    BOTH.into_iter().for_each(a_pump_goes_on_after_a_takeover_that_came_to_nothing_in);
+}
+
+fn a_pump_goes_on_after_a_takeover_that_came_to_nothing_in(place: Place) {
+    let mut rig = Rig::with(place);
     let mut server = rig.connect();
     server.write_all(b"one").unwrap();
     drive(&mut rig.pump, |pump| pump.bytes_in() == 3);
@@ -197,8 +239,12 @@ fn a_pump_goes_on_after_a_takeover_that_came_to_nothing() {
 
 #[test]
 fn a_slow_reader_slows_the_server_down_and_nothing_spins() {
+    BOTH.into_iter().for_each(a_slow_reader_slows_the_server_down_and_nothing_spins_in);
+}
+
+fn a_slow_reader_slows_the_server_down_and_nothing_spins_in(place: Place) {
     const SIZE: usize = 16 * 1024 * 1024;
-    let mut rig = Rig::new();
+    let mut rig = Rig::with(place);
     let mut server = rig.connect();
     let bytes = noise(SIZE, 3);
     let sender = thread::spawn({
@@ -207,7 +253,13 @@ fn a_slow_reader_slows_the_server_down_and_nothing_spins() {
     });
     assert_idle(&mut rig.pump);
     assert!(!sender.is_finished());
-    assert_eq!(rig.pump.unwritten(), FROM_SERVER);
+    match place {
+        Place::Memory => assert_eq!(rig.pump.unwritten(), FROM_SERVER),
+        // As much as has come in as many pieces as a pipe takes.
+        Place::Kernel => {
+            assert!((1..=FROM_SERVER).contains(&rig.pump.unwritten()), "{}", rig.pump.unwritten())
+        }
+    }
 
     let reader = read_meanwhile(rig.stdout, SIZE);
     assert!(drive_until_joined(&mut rig.pump, reader).0 == bytes);
@@ -216,8 +268,12 @@ fn a_slow_reader_slows_the_server_down_and_nothing_spins() {
 
 #[test]
 fn a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins() {
+    BOTH.into_iter().for_each(a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins_in);
+}
+
+fn a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins_in(place: Place) {
     const SIZE: usize = 16 * 1024 * 1024;
-    let mut rig = Rig::new();
+    let mut rig = Rig::with(place);
     let server = rig.connect();
     let bytes = noise(SIZE, 4);
     let typist = thread::spawn({
@@ -225,7 +281,7 @@ fn a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins() {
         move || rig.stdin.write_all(&bytes).unwrap()
     });
     assert_idle(&mut rig.pump);
-    assert_eq!(rig.pump.unsent(), FROM_STDIN);
+    assert_eq!(rig.pump.unsent(), FROM_STDIN, "{place:?}");
     assert!(!typist.is_finished());
 
     let reader = read_meanwhile(server, SIZE);
@@ -235,7 +291,11 @@ fn a_server_that_reads_nothing_slows_stdin_down_and_nothing_spins() {
 
 #[test]
 fn nothing_spins_while_idle_with_stdin_open_or_not() {
-    let mut rig = Rig::new();
+    BOTH.into_iter().for_each(nothing_spins_while_idle_with_stdin_open_or_not_in);
+}
+
+fn nothing_spins_while_idle_with_stdin_open_or_not_in(place: Place) {
+    let mut rig = Rig::with(place);
     let _server = rig.connect();
     assert_idle(&mut rig.pump);
     drop(rig.stdin);
@@ -289,7 +349,12 @@ fn a_connection_that_is_reset_while_the_buffer_is_full_does_not_spin() {
 
 #[test]
 fn all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_connection() {
-    let mut rig = Rig::new();
+    BOTH.into_iter()
+        .for_each(all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_connection_in);
+}
+
+fn all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_connection_in(place: Place) {
+    let mut rig = Rig::with(place);
     let mut server = rig.connect();
     server.write_all(b"last words").unwrap();
     drop(server);
@@ -309,7 +374,11 @@ fn all_that_the_server_sent_is_written_and_all_that_is_unsent_goes_to_the_next_c
 
 #[test]
 fn a_reset_does_not_lose_what_came_before_it() {
-    let mut rig = Rig::new();
+    BOTH.into_iter().for_each(a_reset_does_not_lose_what_came_before_it_in);
+}
+
+fn a_reset_does_not_lose_what_came_before_it_in(place: Place) {
+    let mut rig = Rig::with(place);
     let mut server = rig.connect();
     rig.stdin.write_all(b"never read").unwrap();
     drive(&mut rig.pump, |pump| pump.bytes_out() == 10);
@@ -348,7 +417,11 @@ fn it_gives_up_in_the_end_and_not_before_all_is_written() {
 
 #[test]
 fn errors_and_the_pause_after_them_travel() {
-    let mut rig = Rig::new();
+    BOTH.into_iter().for_each(errors_and_the_pause_after_them_travel_in);
+}
+
+fn errors_and_the_pause_after_them_travel_in(place: Place) {
+    let mut rig = Rig::with(place);
     // Nobody listens there any more.
     rig.listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let errors = |pump: &Pump| pump.state().reconnect.delay();
@@ -361,15 +434,19 @@ fn errors_and_the_pause_after_them_travel() {
 
 #[test]
 fn a_reader_of_stdout_that_goes_ends_it() {
+    BOTH.into_iter().for_each(a_reader_of_stdout_that_goes_ends_it_in);
+}
+
+fn a_reader_of_stdout_that_goes_ends_it_in(place: Place) {
     // While nothing is to be written …
-    let mut rig = Rig::new();
+    let mut rig = Rig::with(place);
     let _server = rig.connect();
     drop(rig.stdout);
     let error = rig.pump.turn(&[], None).unwrap_err();
     assert!(matches!(error, PumpError::StdoutClosed { unwritten: 0 }), "{error}");
 
     // … and while something is.
-    let mut rig = Rig::new();
+    let mut rig = Rig::with(place);
     let mut server = rig.connect();
     server.write_all(&noise(100_000, 7)).unwrap();
     drive(&mut rig.pump, |pump| pump.bytes_in() == 100_000);
@@ -397,7 +474,11 @@ fn a_full_disk_is_an_error_after_which_the_bytes_are_still_there() {
 
 #[test]
 fn the_end_of_stdin_is_not_the_end() {
-    let mut rig = Rig::new();
+    BOTH.into_iter().for_each(the_end_of_stdin_is_not_the_end_in);
+}
+
+fn the_end_of_stdin_is_not_the_end_in(place: Place) {
+    let mut rig = Rig::with(place);
     let mut server = rig.connect();
     rig.stdin.write_all(b"bye").unwrap();
     drop(rig.stdin);
@@ -450,9 +531,157 @@ fn files_serve_as_stdin_and_stdout() {
     assert!(written == bytes);
 }
 
+/// Every kind of stdin and stdout, the pump being replaced by another one all the time.
+#[test]
+fn from_the_kernel_to_everything_and_back() {
+    const SIZE: usize = 300_000;
+    let bytes = noise(SIZE, 9);
+    let text: Vec<u8> = (0..SIZE / 10).flat_map(|n| format!("{n:09}\n").into_bytes()).collect();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file");
+    let written = || std::fs::read(&path).unwrap();
+    let append = || File::options().append(true).create(true).open(&path).unwrap();
+
+    // Files; those that are appended to, with a note and without.
+    let stdin = directory.path().join("stdin");
+    std::fs::write(&stdin, &bytes).unwrap();
+    let stdin = || Input::new(File::open(&stdin).unwrap().into()).unwrap();
+    let output = |file: File| Output::new(file.into()).unwrap();
+    echoed(stdin(), output(File::create(&path).unwrap()), SIZE, |_| written().len());
+    assert!(written() == bytes, "a file");
+    std::fs::remove_file(&path).unwrap();
+    echoed(stdin(), output(append()), SIZE, |_| written().len());
+    assert!(written() == bytes, "appended, without a note");
+    let mut noted = output(append());
+    assert!(noted.wants_note());
+    noted.keep_note(Note::new().unwrap());
+    echoed(stdin(), noted, SIZE, |_| written().len() - SIZE);
+    assert!(written()[SIZE..] == bytes, "appended, with a note");
+
+    // Sockets, that are blocking and stay so.
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let reader = read_meanwhile(theirs.try_clone().unwrap(), SIZE);
+    let writer = thread::spawn({
+        let bytes = bytes.clone();
+        move || (&theirs).write_all(&bytes).map(|()| theirs).unwrap()
+    });
+    let (input, output) = (ours.try_clone().unwrap(), ours.try_clone().unwrap());
+    let (input, output) = (Input::new(input.into()).unwrap(), Output::new(output.into()).unwrap());
+    echoed(input, output, SIZE, |_| if reader.is_finished() { SIZE } else { 0 });
+    assert!(reader.join().unwrap().0 == bytes, "a socket");
+    drop(writer.join().unwrap());
+    assert!(!fcntl_getfl(&ours).unwrap().contains(OFlags::NONBLOCK));
+
+    // A terminal, in the kernel's own line discipline.
+    let (master, terminal) = terminal();
+    let reader = read_meanwhile(File::from(master.try_clone().unwrap()), text.len());
+    let typist = thread::spawn({
+        let text = text.clone();
+        move || File::from(master).write_all(&text).unwrap()
+    });
+    let input = Input::new(terminal.try_clone().unwrap()).unwrap();
+    echoed(input, Output::new(terminal).unwrap(), text.len(), |_| {
+        if reader.is_finished() { text.len() } else { 0 }
+    });
+    assert!(reader.join().unwrap().0 == text, "a terminal");
+    typist.join().unwrap();
+}
+
+/// Pumps `size` bytes from `input` to a server that echoes, and to `output`, until `written` says that they are there.
+fn echoed(input: Input, output: Output, size: usize, written: impl Fn(&Pump) -> usize) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addresses = vec![listener.local_addr().unwrap()];
+    let echo = thread::spawn(move || {
+        let mut server = listener.accept().unwrap().0;
+        std::io::copy(&mut server.try_clone().unwrap().take(size as u64), &mut server).unwrap();
+        server
+    });
+    let config = Config { addresses, input, output, pipes: Some(pipes()) };
+    let mut pump = Pump::resume(config, PumpState::default(), None);
+    let started = Instant::now();
+    let mut turns = 0;
+    while !(pump.bytes_in() == size as u64 && pump.flushed() && written(&pump) >= size) {
+        assert!(started.elapsed() < TOO_LONG, "waited for too long");
+        pump.connection_is_held();
+        pump.turn(&[], Some(Instant::now() + TICK)).unwrap();
+        turns += 1;
+        if turns % 7 == 0 {
+            let note = pump.output.note().map(|note| note.as_fd().try_clone_to_owned().unwrap());
+            pump = hand_over(pump, false);
+            note.into_iter().for_each(|note| pump.output.keep_note(Note::adopt(note)));
+        }
+    }
+    let _server = echo.join().unwrap();
+    assert_eq!((pump.bytes_out(), pump.connection_id()), (size as u64, 1));
+}
+
+/// The two sides of a terminal that changes nothing, and does not echo.
+fn terminal() -> (OwnedFd, OwnedFd) {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = open(name, flags, Mode::empty()).unwrap();
+    let mut modes = tcgetattr(&terminal).unwrap();
+    modes.local_modes.remove(LocalModes::ECHO);
+    modes.output_modes.remove(OutputModes::OPOST);
+    tcsetattr(&terminal, OptionalActions::Now, &modes).unwrap();
+    (master, terminal)
+}
+
+#[test]
+fn a_connection_is_not_touched_before_it_is_held() {
+    let mut rig = Rig::with(Place::Kernel);
+    rig.stdin.write_all(b"typed").unwrap();
+    let started = Instant::now();
+    while rig.pump.socket().is_none() || rig.pump.unsent() < 5 {
+        assert!(started.elapsed() < TOO_LONG, "waited for too long");
+        rig.pump.turn(&[], Some(Instant::now() + TICK)).unwrap();
+    }
+    let mut server = rig.listener.accept().unwrap().0;
+    server.write_all(b"sent").unwrap();
+    assert_idle(&mut rig.pump);
+    assert_eq!((rig.pump.bytes_in(), rig.pump.bytes_out()), (0, 0));
+    rig.pump.connection_is_held();
+    drive(&mut rig.pump, |pump| pump.bytes_in() == 4 && pump.bytes_out() == 5);
+}
+
+/// What an incumbent without pipes hands over comes before what comes through the pipes.
+#[test]
+fn what_was_in_memory_goes_before_what_comes_through_the_pipes() {
+    let mut rig = Rig::with(Place::Kernel);
+    // More than the pipes hold.
+    let bytes = noise(2 * FROM_SERVER, 10);
+    let state = PumpState { unwritten: bytes.clone(), unsent: bytes.clone(), ..PumpState::default() };
+    let (stdin, mut typist) = pipe().unwrap();
+    let (mut stdout, stdout_writer) = pipe().unwrap();
+    let mut config = config(&rig.listener, stdin.into(), stdout_writer.into());
+    config.pipes = Some(pipes());
+    rig.pump = Pump::resume(config, state, None);
+    let mut server = rig.connect();
+    server.write_all(b"sent").unwrap();
+    typist.write_all(b"typed").unwrap();
+    let expected = |end: &[u8]| [&bytes[..], end].concat();
+    let reader = thread::spawn(move || (read_exactly(&mut stdout, 2 * FROM_SERVER + 4), stdout));
+    let receiver = thread::spawn(move || (read_exactly(&mut server, 2 * FROM_SERVER + 5), server));
+    // Half way it is handed over, what waits behind the pipes included.
+    drive(&mut rig.pump, |pump| pump.unwritten() < bytes.len() - 1000);
+    assert!(!rig.pump.state().unwritten.is_empty());
+    rig.pump = hand_over(rig.pump, true);
+    let (shown, _stdout) = drive_until_joined(&mut rig.pump, reader);
+    assert!(shown == expected(b"sent"));
+    let (heard, _server) = drive_until_joined(&mut rig.pump, receiver);
+    assert!(heard == expected(b"typed"));
+}
+
 #[test]
 fn without_reading_it_only_flushes() {
-    let mut rig = Rig::new();
+    BOTH.into_iter().for_each(without_reading_it_only_flushes_in);
+}
+
+fn without_reading_it_only_flushes_in(place: Place) {
+    let mut rig = Rig::with(place);
     let mut server = rig.connect();
     rig.stdin.write_all(b"typed").unwrap();
     server.write_all(b"sent").unwrap();
@@ -530,6 +759,7 @@ fn the_state_of_0_1_can_be_read() {
         bytes_out: 7,
         connection_id: 3,
         reconnect: serde_json::from_str(r#"{"errors":2}"#).unwrap(),
+        streams: Vec::new(),
     };
     let released = include_bytes!("../../../tests/fixtures/state-v1/pump.cbor");
     assert_eq!(Cbor::decode::<PumpState>(released).unwrap(), expected);
