@@ -15,7 +15,7 @@ use std::time::Duration;
 use heirloom::{Config, NoRequests, Replace, Service, StartError};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::ioctl_fionread;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, OptionalActions, OutputModes, tcgetattr, tcsetattr};
 use support::generations::*;
@@ -312,6 +312,42 @@ fn without_log(file: &[u8]) -> (Vec<u8>, u64) {
     }
     left.extend_from_slice(rest);
     (left, lines)
+}
+
+/// Whoever serves is killed at any moment of an upgrade, when it is one process or another that may go on, or none but the next.
+#[test]
+fn killed_while_it_is_replaced() {
+    /// How long an upgrade takes, about.
+    const UPGRADE: Duration = Duration::from_millis(60);
+    let (screen, stdout) = std::io::pipe().expect("pipe");
+    let mut chat = Supervised::start_between(Stdio::piped(), stdout);
+    let typist = Sender::start(chat.run.stdin.take().expect("a pipe"), at_least() / 16);
+    let sender = Sender::start(chat.server(), at_least());
+    let (shown, heard) = (read_all(screen), read_all(chat.server()));
+    for round in 0..kills() as usize {
+        let mut incumbent = None;
+        wait_for("somebody who serves", || {
+            // By a descriptor, as its pid may be another's by the time it is killed.
+            incumbent = try_status(&chat.control)
+                .and_then(|status| pidfd_open(Pid::from_raw(status.pid as i32)?, PidfdFlags::empty()).ok());
+            incumbent.is_some()
+        });
+        let incumbent = incumbent.expect("waited for");
+        let mut upgrade = heirloom();
+        upgrade.arg("upgrade").args(Place::BOTH[round % 2].options()).arg("--control").arg(&chat.control);
+        let mut upgrade = Process::start(&mut upgrade);
+        std::thread::sleep(UPGRADE * chat.random.below(1000) as u32 / 1000);
+        // It may have been replaced, and have ended.
+        let _ = pidfd_send_signal(&incumbent, Signal::KILL);
+        upgrade.wait();
+    }
+    chat.wait_until_connected();
+    let (sent, typed) = (sender.finish(), typist.finish());
+    chat.wait_until_counted(sent.len(), typed.len());
+    chat.stop();
+    assert_same(&shown.join().expect("no panic"), &sent);
+    assert_same(&heard.join().expect("no panic"), &typed);
+    print("replaced all the while", &sent, &typed);
 }
 
 /// It would lose what is in the pipes, and leave behind a store with what is no longer so.

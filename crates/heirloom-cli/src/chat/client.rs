@@ -112,9 +112,14 @@ impl Client {
     }
 
     fn serve(&mut self) -> Result<Exit, Failure> {
+        self.keep();
         loop {
-            self.keep();
             let asked = self.wait()?;
+            // What there is now is what a successor gets, a connection included that was made this moment.
+            if self.pumps() {
+                self.pump.look_at_attempt();
+            }
+            self.keep();
             if asked.upgrade {
                 self.upgrade();
             }

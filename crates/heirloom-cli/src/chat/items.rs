@@ -177,3 +177,59 @@ impl Items {
         incumbent.set_items(entries.map(|entry| (entry.id, entry.name, entry.kind)));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::pipe;
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::chat::pump::{Config, Pipes, PumpState};
+    use crate::chat::stdio::{Input, Output};
+
+    /// A pump between pipes, with this connection; `kept`: through pipes.
+    fn pump(connection_id: u64, socket: Option<TcpStream>, kept: bool) -> Pump {
+        let config = Config {
+            addresses: Vec::new(),
+            input: Input::new(pipe().unwrap().0.into()).unwrap(),
+            output: Output::new(pipe().unwrap().1.into()).unwrap(),
+            pipes: kept.then(|| Pipes::new(None, None).unwrap()),
+        };
+        Pump::resume(config, PumpState { connection_id, ..PumpState::default() }, socket)
+    }
+
+    fn connection() -> TcpStream {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        TcpStream::connect(listener.local_addr().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn ids_are_given_out_once_and_a_new_connection_is_another_item() {
+        let mut items = Items::new(Vec::new(), ItemId(5));
+        let first = pump(1, Some(connection()), true);
+        let (new, ended) = items.update(&first);
+        let ids: Vec<u64> = new.iter().map(|(_, id)| id.0).collect();
+        assert_eq!((ids, ended), ((5..=11).collect(), vec![]));
+        assert_eq!(items.update(&first), (vec![], vec![]));
+
+        let (new, ended) = items.update(&pump(2, Some(connection()), true));
+        assert_eq!((new, ended), (vec![(Part::Server(2), ItemId(12))], vec![ItemId(5)]));
+        let (new, ended) = items.update(&pump(2, None, false));
+        assert_eq!((new, ended.len(), items.next_id()), (vec![], 7, 13));
+    }
+
+    #[test]
+    fn pipes_travel_in_the_freeze_alone_and_standard_streams_never() {
+        let mut items = Items::new(Vec::new(), ItemId::FIRST);
+        let pump = pump(1, Some(connection()), true);
+        items.update(&pump);
+        let names = |frozen| items.entries(frozen).into_iter().map(|entry| entry.name).collect::<Vec<_>>();
+        assert_eq!(names(false), ["server"]);
+        assert_eq!(names(true), ["server", "from-server", "from-server", "from-stdin", "from-stdin"]);
+        for entry in items.entries(true) {
+            let descriptor = items.descriptor(&pump, entry.id).unwrap();
+            assert_eq!(Kind::of(descriptor).unwrap(), entry.kind, "{entry}");
+        }
+        assert!(items.descriptor(&pump, ItemId(99)).is_none());
+    }
+}

@@ -437,6 +437,16 @@ impl Pump {
         }
     }
 
+    /// Makes it a connection if an attempt to connect has succeeded that no turn has looked at: it travels then.
+    pub(crate) fn look_at_attempt(&mut self) {
+        let Link::Connecting(attempt) = &self.link else { return };
+        let mut fds = [PollFd::from_borrowed_fd(attempt.fd(), PollFlags::OUT)];
+        if poll(&mut fds, Some(&Timespec::default())) == Ok(1) {
+            let ready = fds[0].revents();
+            self.work_link(ready, Instant::now());
+        }
+    }
+
     fn connect_when_due(&mut self, now: Instant) {
         if matches!(&self.link, Link::Waiting { until } if *until <= now) {
             let progress = Attempt::start(&self.addresses, now);
