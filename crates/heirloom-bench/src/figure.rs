@@ -9,7 +9,7 @@ pub(crate) struct Measured {
     suite: &'static str,
     case: String,
     unit: Unit,
-    /// In nanoseconds, ascending.
+    /// In nanoseconds or bytes, ascending.
     values: Vec<u64>,
     floors: Vec<u64>,
 }
@@ -34,14 +34,16 @@ pub(crate) struct Figure {
 pub(crate) enum Unit {
     Nanoseconds,
     Microseconds,
+    Bytes,
 }
 
 impl Unit {
-    /// Its sign, and how many nanoseconds it is.
+    /// Its sign, and how many nanoseconds, or bytes, it is.
     fn sign(self) -> (&'static str, f64) {
         match self {
             Unit::Nanoseconds => ("ns", 1.0),
             Unit::Microseconds => ("µs", 1000.0),
+            Unit::Bytes => ("B", 1.0),
         }
     }
 }
@@ -50,7 +52,7 @@ impl Unit {
 const PERCENTILES: [(&str, usize); 4] = [("p50", 50), ("p90", 90), ("p99", 99), ("max", 100)];
 
 impl Measured {
-    /// Values and floors in nanoseconds, in any order.
+    /// Values and floors in nanoseconds or bytes, in any order.
     pub(crate) fn new(
         suite: &'static str,
         case: String,
@@ -100,7 +102,7 @@ impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [p50, p90, p99, max] = self.figures();
         let Figure { suite, n, unit, floor, ratio, .. } = &p50;
-        write!(f, "{suite:<9} {:<45} {n:>5} {unit}", self.case)?;
+        write!(f, "{suite:<9} {:<45} {n:>5} {unit:<2}", self.case)?;
         for figure in [&p50, &p90, &p99, &max] {
             write!(f, " {:>8.0}", figure.value)?;
         }

@@ -10,6 +10,7 @@ mod floor;
 mod library;
 mod member;
 mod process;
+mod store;
 mod suite;
 mod way;
 
@@ -59,6 +60,12 @@ enum Part {
     Server { way: Way, control: PathBuf, state_bytes: usize, first: Option<usize> },
     #[command(hide = true)]
     Clients { count: usize, servers: Vec<SocketAddr> },
+    #[command(hide = true)]
+    RunKeeper { directory: PathBuf, count: usize },
+    #[command(hide = true)]
+    FloorKeeper { directory: PathBuf, count: usize },
+    #[command(hide = true)]
+    Putter { count: usize },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -71,6 +78,9 @@ fn main() -> anyhow::Result<()> {
     match cli.part {
         Some(Part::Server { way, control, state_bytes, first }) => serve(way, &control, state_bytes, first),
         Some(Part::Clients { count, servers }) => clients::run(count, &servers),
+        Some(Part::RunKeeper { directory, count }) => store::run_keeper(&directory, count),
+        Some(Part::FloorKeeper { directory, count }) => store::floor_keeper(&directory, count),
+        Some(Part::Putter { count }) => store::putter(count),
         None => measure(&cli),
     }
 }

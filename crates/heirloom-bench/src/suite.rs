@@ -7,6 +7,7 @@ use tempfile::TempDir;
 
 use crate::chain::{Chain, Round};
 use crate::figure::{Measured, Unit};
+use crate::store;
 use crate::way::Way;
 
 /// With how many connections everything is measured.
@@ -28,6 +29,9 @@ pub(crate) enum Suite {
     /// From the incumbent's last turn to the return of the successor's first poll; and the gap: the longest that each of
     /// 100 sampled connections, which ask as fast as they are answered, waits for an answer during a takeover
     Pause,
+    /// A descriptor's share of the time in which all are put into the store of `heirloom run`, or removed from it, from the
+    /// first message until the last is done with; and what a held one costs in memory
+    Store,
 }
 
 /// How often things are done.
@@ -36,6 +40,7 @@ struct Repeat {
     rounds: usize,
     others: usize,
     sampled: usize,
+    stores: usize,
 }
 
 /// Measures these suites: at each number of connections all ways in turn, so that whatever else the machine does
@@ -47,11 +52,13 @@ pub(crate) fn measure(
     mut report: impl FnMut(Vec<Measured>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let (usual, repeat) = if quick {
-        (&CONNECTIONS[..2], Repeat { rounds: 2, others: 3, sampled: 2 })
+        (&CONNECTIONS[..2], Repeat { rounds: 2, others: 3, sampled: 2, stores: 2 })
     } else {
-        (&CONNECTIONS[..], Repeat { rounds: 15, others: 10, sampled: 10 })
+        (&CONNECTIONS[..], Repeat { rounds: 15, others: 10, sampled: 10, stores: 20 })
     };
-    let counts = if counts.is_empty() { usual } else { counts };
+    let or = |usual: &'static [usize]| if counts.is_empty() { usual.to_vec() } else { counts.to_vec() };
+    let held = or(if quick { &store::HELD[..2] } else { &store::HELD });
+    let counts = or(usual);
     let needed = counts.iter().copied().max().unwrap_or(0) as u64 + 64;
     if descriptors::limit() < needed {
         bail!("a process needs {needed} descriptors, the limit is {}: raise it", descriptors::limit());
@@ -59,7 +66,13 @@ pub(crate) fn measure(
     if counts.contains(&0) {
         bail!("without connections there is nothing to measure");
     }
-    for &count in counts {
+    if suites.contains(&Suite::Store) {
+        report(store::measure(&held, repeat.stores)?)?;
+    }
+    if suites == [Suite::Store] {
+        return Ok(());
+    }
+    for count in counts {
         for (state_bytes, state) in STATES {
             let case = format!("{count} connection{}, {state}", if count == 1 { "" } else { "s" });
             let mut rounds = Vec::new();

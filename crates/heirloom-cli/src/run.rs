@@ -154,3 +154,23 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
     // The command's codes are any, not only those of this program.
     std::process::exit(code.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Args as _;
+
+    use super::*;
+
+    #[test]
+    fn the_small_binary_has_the_same_options() {
+        let source = include_str!("../../heirloom-run/src/arguments.rs");
+        let (_, reading) = source.split_once("pub(crate) fn read").expect("the function");
+        let theirs = reading.split("Long(\"").skip(1).map(|rest| rest.split('"').next().unwrap_or_default());
+        let mut theirs: Vec<&str> = theirs.filter(|option| !["help", "version"].contains(option)).collect();
+        let command = Args::augment_args(clap::Command::new("run"));
+        let mut ours: Vec<&str> = command.get_arguments().filter_map(|option| option.get_long()).collect();
+        theirs.sort_unstable();
+        ours.sort_unstable();
+        assert_eq!(ours, theirs);
+    }
+}

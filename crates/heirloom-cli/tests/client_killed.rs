@@ -45,7 +45,7 @@ struct Supervised {
 impl Supervised {
     /// With pipes of the test's for stdin and stdout.
     fn start() -> Self {
-        Self::start_by(|run| Process::start(run))
+        Self::start_by(Process::start)
     }
 
     fn start_between(stdin: impl Into<Stdio>, stdout: impl Into<Stdio>) -> Self {
@@ -331,7 +331,7 @@ fn a_program_that_knows_no_pipes_is_refused() {
 #[test]
 fn ended_in_order_it_leaves_the_connection_for_a_restart() {
     let always = &["--restart", "always"];
-    let mut chat = Supervised::start_with(always, |_, chat| chat.to_vec(), |run| Process::start(run));
+    let mut chat = Supervised::start_with(always, |_, chat| chat.to_vec(), Process::start);
     chat.run.write(b"one");
     let mut heard = [0; 3];
     chat.server.read_exact(&mut heard).expect("it is connected");
@@ -361,7 +361,7 @@ fn what_another_service_has_left_is_closed() {
             let shell = ["sh", "-c", script, "sh"].map(OsString::from);
             shell.into_iter().chain([file.into()]).chain(chat.iter().cloned()).collect()
         },
-        |run| Process::start(run),
+        Process::start,
     );
     std::fs::write(chat.scratch.path("address"), address).expect("a file");
     chat.kill();

@@ -282,3 +282,32 @@ fn an_incumbent_short_of_descriptors_refuses_an_old_program_and_serves_on() {
     assert!(incumbent.is_running());
     stream.ends_exact(0, &[&incumbent]);
 }
+
+/// An old program knows no store: what is kept for the chat is let go.
+#[test]
+fn from_a_chat_under_a_supervisor_that_lets_go_of_everything_then() {
+    if !have("python3") {
+        return skip("python3 plays the old program");
+    }
+    let scratch = Scratch::new();
+    let (control, address_of_run) = (scratch.path("chat.sock"), scratch.path("run.sock"));
+    let (listener, address) = listen();
+    let mut run = heirloom();
+    run.arg("run").arg("--control").arg(&address_of_run).args(["--restart", "always", "--"]);
+    // The next one does not take it back.
+    let chat = chat(&address, &control, &["--replace", "never"]);
+    run.arg(chat.get_program()).args(chat.get_args());
+    let run = Process::start(&mut run);
+    let mut server = accept(&listener);
+    wait_until_connected(&control);
+    let sender = Sender::start(server.try_clone().expect("dup"), 300_000);
+    let mut old = old(&address, &control, "");
+    wait_for_more(&old);
+    let sent = sender.finish();
+    wait_for("everything", || run.stdout_len() + old.stdout_len() >= sent.len());
+    assert_same(&[run.stdout(), old.stdout()].concat(), &sent);
+    // Nobody else has the connection.
+    old.kill();
+    old.wait();
+    assert_eq!(std::io::Read::read(&mut server, &mut [0]).expect("an end"), 0);
+}

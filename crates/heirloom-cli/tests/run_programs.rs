@@ -39,9 +39,10 @@ fn wait_told(process: &mut Process, word: &str) -> u32 {
     value.unwrap_or_else(|| panic!("it has not said {word:?}; stderr:\n{}", process.stderr()))
 }
 
+/// Kills it, and waits until it is dead: until then it may take in what it is sent.
 fn kill(pid: u32) {
-    let pid = Pid::from_raw(pid.cast_signed()).expect("a pid");
-    kill_process(pid, Signal::KILL).expect("it runs");
+    kill_process(Pid::from_raw(pid.cast_signed()).expect("a pid"), Signal::KILL).expect("it runs");
+    wait_for("its end", || proc::has_ended(pid));
 }
 
 /// A client that says a line and hears what is answered.
@@ -144,10 +145,9 @@ fn systemd_socket_proxyd_gets_its_socket() {
     let backend = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = backend.local_addr().expect("an address").to_string();
     let scratch = Scratch::new();
-    // It listens under no address that it knows: the port is found out by the socket's path.
     let door = scratch.path("door");
-    let listen = format!("unix:{}", door.display());
-    let mut run = run(&scratch.path("run.sock"), &["--listen", &listen], &[PROXY, &address]);
+    let listen = door.to_str().expect("UTF-8");
+    let mut run = run(&scratch.path("run.sock"), &["--listen", listen], &[PROXY, &address]);
     wait_for("the socket", || door.exists() || !run.is_running());
     let mut client = std::os::unix::net::UnixStream::connect(&door)
         .unwrap_or_else(|error| panic!("{error}; stderr:\n{}", run.stderr()));
@@ -171,7 +171,7 @@ fn nginx_serves_at_a_socket_that_was_opened_for_it_and_keeps_it_when_it_is_kille
         r#"set -e
 port=$({PYTHON} -c 'import socket; print(socket.socket(fileno=3).getsockname()[1])')
 cat >"$1/nginx.conf" <<end
-daemon off; master_process off; pid $1/nginx.pid; error_log stderr;
+daemon off; worker_processes 1; pid $1/nginx.pid; error_log stderr;
 events {{ }}
 http {{ access_log off; client_body_temp_path $1/body; proxy_temp_path $1/proxy; fastcgi_temp_path $1/f;
  uwsgi_temp_path $1/u; scgi_temp_path $1/s;
@@ -197,7 +197,10 @@ NGINX='3;' exec /usr/sbin/nginx -c "$1/nginx.conf"
     };
     get();
     for _ in 0..3 {
-        kill(told(&run, "pid").expect("a pid"));
+        let master = told(&run, "pid").expect("a pid");
+        let worker = proc::only_child(master);
+        kill(master);
+        kill(worker);
         get();
     }
     run.signal(Signal::TERM);

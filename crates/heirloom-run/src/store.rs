@@ -36,6 +36,7 @@ pub(crate) struct Held {
     pub(crate) put_by: u32,
     /// Whether it goes when its other end hangs up.
     pub(crate) polled: bool,
+    file: (u64, u64),
 }
 
 /// The descriptors, in the order in which they were put.
@@ -98,7 +99,7 @@ impl Store {
         };
         self.names.entry(name.clone()).or_default().insert(number);
         self.name_bytes += name.len() + 1;
-        self.entries.insert(number, Rc::new(Held { name, descriptor, put_by, polled }));
+        self.entries.insert(number, Rc::new(Held { name, descriptor, put_by, polled, file }));
         true
     }
 
@@ -112,11 +113,10 @@ impl Store {
                 self.names.remove(&held.name);
             }
         }
-        let file = identity(&held.descriptor);
-        if let Some(same) = self.files.get_mut(&file) {
+        if let Some(same) = self.files.get_mut(&held.file) {
             same.retain(|&other| other != number);
             if same.is_empty() {
-                self.files.remove(&file);
+                self.files.remove(&held.file);
             }
         }
         Some(held)

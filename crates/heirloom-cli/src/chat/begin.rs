@@ -132,7 +132,7 @@ impl Beginning {
             }
         };
         if let Some(pipes) = &mut pipes
-            && output.wants_note()
+            && (left.note.is_some() || output.wants_note())
         {
             let note = left.note.take().map_or_else(Note::new, |note| Ok(Note::adopt(note)));
             output.keep_note(note.context("cannot make a memfd")?);
@@ -169,6 +169,11 @@ impl Left {
         left.stdin = left.part(&mut bundle, Part::Stdin);
         left.stdout = left.part(&mut bundle, Part::Stdout);
         left.note = left.part(&mut bundle, Part::Note);
+        if left.stdout.is_none() {
+            // It is about another stdout.
+            left.forget(Part::Note);
+            left.note = None;
+        }
         if let Some(ledger) = bundle.take_all::<OwnedFd>(LEDGER_NAME).pop() {
             (left.ledger, left.ledger_id) = (Some(ledger.descriptor), Some(ledger.id));
         }
@@ -193,6 +198,10 @@ impl Left {
             ledger_id: None,
             stale: Vec::new(),
         }
+    }
+
+    fn forget(&mut self, part: Part) {
+        self.stale.extend(self.ids.extract_if(.., |(known, _)| *known == part).map(|(_, id)| id));
     }
 
     /// Nothing, and everything that there was is stale.

@@ -194,14 +194,12 @@ impl Output {
         let result = match &self.note {
             Some(note) => note
                 .write_from(self.fd.as_fd(), from)
-                .map_err(|error| Errno::from_io_error(&error).ok_or(error)),
-            None => from.drain(&self.fd, self.kind.step()).map_err(Ok),
+                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+            None => from.drain(&self.fd, self.kind.step()),
         };
         match result {
-            Err(Ok(Errno::INVAL)) => self.copy(from),
-            Err(Err(error)) => Err(WriteError::Failed(error)),
-            Ok(count) => self.written(Ok(count)),
-            Err(Ok(error)) => self.written(Err(error)),
+            Err(Errno::INVAL) => self.copy(from),
+            result => self.written(result),
         }
     }
 

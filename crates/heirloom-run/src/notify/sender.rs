@@ -29,9 +29,12 @@ pub(crate) enum Sender {
 
 impl Sender {
     /// The sender, if its messages count. `ours` are processes that are known without looking: not yet reaped children.
-    pub(crate) fn of(credentials: Option<Credentials>, ours: &[u32]) -> Option<Sender> {
+    pub(crate) fn of(
+        credentials: Option<Credentials>,
+        mut ours: impl Iterator<Item = u32>,
+    ) -> Option<Sender> {
         let credentials = credentials?;
-        if ours.contains(&credentials.pid) {
+        if ours.any(|pid| pid == credentials.pid) {
             return Some(Sender::Descendant(vec![credentials.pid]));
         }
         match ancestry(credentials.pid) {
@@ -119,17 +122,17 @@ mod tests {
         let mut output = std::io::BufReader::new(child.stdout.take().unwrap());
         std::io::BufRead::read_line(&mut output, &mut line).unwrap();
         let grandchild: u32 = line.trim().parse().unwrap();
-        let sender = Sender::of(credentials(grandchild), &[]).unwrap();
+        let sender = Sender::of(credentials(grandchild), std::iter::empty()).unwrap();
         assert!(sender.is_within(child.id()) && sender.is_within(grandchild), "{sender:?}");
         assert!(descends(child.id()) && !descends(std::process::id()));
-        assert_eq!(Sender::of(credentials(std::os::unix::process::parent_id()), &[]), None);
-        assert_eq!(Sender::of(credentials(0), &[]), None);
-        assert_eq!(Sender::of(None, &[]), None);
+        assert_eq!(Sender::of(credentials(std::os::unix::process::parent_id()), std::iter::empty()), None);
+        assert_eq!(Sender::of(credentials(0), std::iter::empty()), None);
+        assert_eq!(Sender::of(None, std::iter::empty()), None);
         drop(child.stdin.take());
         child.wait().unwrap();
         // It has ended and was reaped.
-        assert_eq!(Sender::of(credentials(child.id()), &[]), Some(Sender::Ended));
+        assert_eq!(Sender::of(credentials(child.id()), std::iter::empty()), Some(Sender::Ended));
         let other = Credentials { uid: getuid().as_raw() + 1, ..credentials(child.id()).unwrap() };
-        assert_eq!(Sender::of(Some(other), &[]), None);
+        assert_eq!(Sender::of(Some(other), std::iter::empty()), None);
     }
 }

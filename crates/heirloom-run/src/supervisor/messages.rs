@@ -32,7 +32,7 @@ impl Core {
         let Datagram { sender: credentials, descriptors, truncated, descriptors_truncated, .. } = datagram;
         let pid = credentials.map_or(0, |credentials| credentials.pid);
         let now = Moment::now();
-        let Some(sender) = Sender::of(credentials, &self.known_processes()) else {
+        let Some(sender) = Sender::of(credentials, self.known_processes()) else {
             self.counters.strangers += 1;
             if let Some(unsaid) = self.strangers.now(now) {
                 tracing::warn!(

@@ -123,13 +123,13 @@ pub fn run(options: Options) -> Result<u8, RunError> {
     let config = Config { delegate: Delegate { upgrade: true, status: true }, ..Config::default() };
     match heirloom::start::<Ask>(&control, service(&control), config, Replace::Never)? {
         Start::Fresh(incumbent) => {
-            let mut core = Core::fresh(options, control, signal_mask, open_files)?;
-            if let Err(failure) = core.start_main(Moment::now()) {
-                core.clean_up();
-                incumbent.retire();
+            let core = Core::fresh(options, control, signal_mask, open_files)?;
+            let mut supervisor = Supervisor::new(core, incumbent)?;
+            if let Err(failure) = supervisor.core.start_main(Moment::now()) {
+                supervisor.retire();
                 return Err(RunError::Command { code: failure.code, message: failure.to_string() });
             }
-            Supervisor::new(core, incumbent)?.serve()
+            supervisor.serve()
         }
         Start::InPlace(taken) => {
             // The rest of what was taken is let go of here, not when all is over.
@@ -210,8 +210,7 @@ impl Supervisor {
             self.core.run_timers(Moment::now());
             self.answer();
             if let Some(code) = self.core.over {
-                self.core.clean_up();
-                self.incumbent.retire();
+                self.retire();
                 return Ok(code);
             }
             control_ready = false;
@@ -229,6 +228,12 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    /// Lets go of everything, and of what lies in the file system.
+    fn retire(mut self) {
+        self.core.clean_up();
+        self.incumbent.retire();
     }
 
     /// How long nothing is to be done unless something happens.
@@ -264,7 +269,7 @@ impl Core {
         }
     }
 
-    /// Lets go of everything, and of what lies in the file system.
+    /// Lets go of what is held, and of what lies in the file system.
     fn clean_up(&mut self) {
         self.store = Store::default();
         self.listening.clear();

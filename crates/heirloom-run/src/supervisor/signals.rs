@@ -75,9 +75,10 @@ impl Core {
     }
 
     /// The processes that are looked after.
-    pub(super) fn known_processes(&self) -> Vec<u32> {
+    pub(super) fn known_processes(&self) -> impl Iterator<Item = u32> + use<> {
         let beside = self.upgrade.as_ref().and_then(|upgrade| upgrade.beside());
-        [self.main.as_ref(), beside].into_iter().flatten().map(|process| process.pid).collect()
+        let pids = [self.main.as_ref(), beside].map(|process| process.map(|process| process.pid));
+        pids.into_iter().flatten()
     }
 
     /// Waits for all children that have ended, whoever's they were.
