@@ -80,7 +80,7 @@ fn what_ends_meanwhile_is_not_missed() {
 
 #[test]
 fn timers_go_on() {
-    let (mut run, mut puppet) = Run::puppet(&["--watchdog", "1s"]);
+    let (mut run, mut puppet) = Run::puppet(&["--watchdog", "4s"]);
     puppet.tell("notify('READY=1')");
     for _ in 0..5 {
         puppet.tell("notify('WATCHDOG=1')");

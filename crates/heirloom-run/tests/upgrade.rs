@@ -71,7 +71,7 @@ fn a_plain_command_is_stopped_and_its_new_version_gets_the_store() {
 
 #[test]
 fn what_fails_is_undone_and_the_previous_command_has_the_store() {
-    let (mut run, mut old) = Run::puppet(&["--start-timeout", "3s"]);
+    let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
     old.tell("put('f', os.memfd_create('x')); barrier()");
     // It ends at once.
     let outcome = begin(&run, to(&["-c", "import sys; sys.exit(4)"]));
@@ -126,7 +126,7 @@ fn one_that_knows_takeovers_is_taken_over_from() {
 
 #[test]
 fn a_takeover_that_fails_leaves_the_old_one_serving() {
-    let (mut run, mut old) = Run::puppet(&["--start-timeout", "3s"]);
+    let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
     old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); barrier()");
     // It ends.
     let outcome = begin(&run, to(&[PUPPET, "second"]));
@@ -161,7 +161,7 @@ fn a_takeover_that_fails_leaves_the_old_one_serving() {
 
 #[test]
 fn an_old_one_that_lingers_is_stopped() {
-    let (mut run, mut old) = Run::puppet(&["--start-timeout", "3s", "--stop-timeout", "300ms"]);
+    let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s", "--stop-timeout", "300ms"]);
     old.tell("signal.signal(signal.SIGTERM, signal.SIG_IGN)");
     old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); barrier()");
     let outcome = begin(&run, to(&[PUPPET, "second"]));

@@ -84,7 +84,8 @@ the supervisor, for a restart.
 With --listen it is the chat server instead: it listens at ADDR, and passes on each line of a client to all others with \
 \"<userN> \" before it, N being the client's number; it announces who comes and who leaves. Control characters are escaped. A client \
 that does not read is cut off when more than --backlog is unsent to it. A server that is started with the same control socket takes \
-over the listener and every client, with half-received lines and what is unsent. It uses neither stdin nor stdout.",
+over the listener and every client, with half-received lines and what is unsent. Under a supervisor that keeps descriptors it can be \
+killed, too: the next one goes on with every client, and no line is lost. It uses neither stdin nor stdout.",
     exits: Exit::ALL,
     signals: &[
         (

@@ -191,13 +191,6 @@ fn clients(bundle: &Bundle) -> Vec<ItemId> {
     bundle.entries().filter(|entry| is_client(entry)).map(|entry| entry.id).collect()
 }
 
-/// Closes what nobody has taken.
-pub(super) fn close_rest(bundle: Bundle) {
-    for entry in bundle.close_rest() {
-        tracing::warn!(item = %entry, "closed an item that this version does not know");
-    }
-}
-
 /// Sets the counters, which travel with the incumbent.
 pub(super) fn set_counters<A>(incumbent: &mut Incumbent<A>, counters: Counters) {
     incumbent.set_counter("lines_in", counters.lines_in);

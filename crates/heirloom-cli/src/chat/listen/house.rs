@@ -6,13 +6,14 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use heirloom::manifest::Base;
 use heirloom::store::{Activated, LEDGER_NAME, Restored, Store, restore};
-use heirloom::{Bundle, CodecError, Incumbent, ItemId, Kind};
+use heirloom::{Bundle, Cbor, Codec, CodecError, Incumbent, ItemId, Kind};
 use mio::{Poll, Registry, Token};
+use serde::{Deserialize, Serialize};
 
-use super::connection::token;
+use super::connection::{reset, token};
 use super::door::Door;
 use super::handover::{self, Ahead, JOURNAL_NAME, LISTENER_NAME};
 use super::ids::Ids;
@@ -40,11 +41,18 @@ impl House {
     /// that is free.
     pub(super) fn restored(
         control: &Path,
+        service: &str,
         addresses: &[SocketAddr],
         backlog: usize,
     ) -> anyhow::Result<(Poll, House)> {
-        let Restored { mut bundle, activated, mut store } = restore(Some(control), &handover::limits())?;
+        let Restored { mut bundle, activated, mut store } = restore(Some(control), &handover::limits())
+            .context("cannot go on with what is in the store; it is still there")?;
         let mut ids = Ids::from(bundle.next_id());
+        if Owner::of(&bundle).is_another_than(service) {
+            tracing::warn!("what is in the store is of another service: its connections are reset");
+            handover::take_stored(&mut bundle)?.values().for_each(|stored| reset(&stored.socket));
+            close_rest(std::mem::take(&mut bundle), store.as_mut());
+        }
         let kept = bundle.take_all::<TcpListener>(LISTENER_NAME).pop();
         let activated = activation(activated);
         // The supervisor's own need not be kept.
@@ -67,14 +75,14 @@ impl House {
         let (journal, file) =
             bundle.take_all::<OwnedFd>(JOURNAL_NAME).pop().map(|item| (item.id, item.descriptor)).unzip();
         let stored = handover::take_stored(&mut bundle)?;
-        handover::close_rest(bundle);
+        close_rest(bundle, store.as_mut());
         let switchboard = recover(stored, file, ids.next(), poll.registry().try_clone()?, backlog)?;
         let mut house = House { listener, door, switchboard, ids, keeper: None };
         if journal.is_some() {
             tracing::info!(clients = house.clients(), "going on where the last process was killed");
         }
         if let Some(store) = store {
-            house.keep(store, journal, keeps_listener);
+            house.keep(store, service, journal, keeps_listener);
         }
         Ok((poll, house))
     }
@@ -83,6 +91,7 @@ impl House {
     /// process's own by now.
     pub(super) fn resume<A>(
         mut bundle: Bundle,
+        service: &str,
         incumbent: &Incumbent<A>,
         ahead: Ahead,
         backlog: usize,
@@ -101,7 +110,7 @@ impl House {
         }
         let (poll, listener, door, switchboard) =
             handover::resume(&mut bundle, incumbent, ahead, backlog, store.is_some())?;
-        handover::close_rest(bundle);
+        close_rest(bundle, None);
         let mut house = House { listener, door, switchboard, ids, keeper: None };
         if let Some(mut store) = store {
             let journal = journal.and_then(|item| match house.go_on_in(item.descriptor) {
@@ -112,7 +121,7 @@ impl House {
                     None
                 }
             });
-            house.keep(store, journal, true);
+            house.keep(store, service, journal, true);
         }
         Ok((poll, house))
     }
@@ -124,7 +133,11 @@ impl House {
     }
 
     /// Begins to keep everything in a store that is not in it yet, with a new journal if there is none.
-    fn keep(&mut self, store: Store, journal: Option<ItemId>, with_listener: bool) {
+    fn keep(&mut self, mut store: Store, service: &str, journal: Option<ItemId>, with_listener: bool) {
+        let owner = Owner { service: service.into() };
+        if let Err(error) = owner.write(&mut store) {
+            tracing::error!("cannot say in the store whose it is: {error:#}");
+        }
         let begun = match self.switchboard.journal() {
             Some(_) => Ok(()),
             None => RoomJournal::create().and_then(|journal| self.switchboard.write_down(journal)),
@@ -245,6 +258,37 @@ impl House {
         }
         let kept = || self.keeper.as_ref().and_then(|keeper| keeper.descriptor(id, &self.switchboard));
         self.switchboard.descriptor(id).or_else(kept)
+    }
+}
+
+/// What the store's ledger says of the application: whose store it is. The command that a supervisor runs may be another today.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Owner {
+    service: String,
+}
+
+impl Owner {
+    fn of(bundle: &Bundle) -> Owner {
+        bundle.state().ok().flatten().unwrap_or_default()
+    }
+
+    fn is_another_than(&self, service: &str) -> bool {
+        !self.service.is_empty() && self.service != service
+    }
+
+    fn write(&self, store: &mut Store) -> anyhow::Result<()> {
+        Ok(store.set_state(&Cbor::encode(self)?)?)
+    }
+}
+
+/// Closes what nobody has taken, and takes it out of the store.
+fn close_rest(bundle: Bundle, mut store: Option<&mut Store>) {
+    for entry in bundle.close_rest() {
+        tracing::warn!(item = %entry, "closed an item that this version does not know");
+        if let Some(store) = &mut store {
+            let _ = store.remove(entry.id);
+        }
     }
 }
 

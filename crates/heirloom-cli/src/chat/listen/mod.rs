@@ -9,6 +9,9 @@
 //! - Only who comes is told who is there already; ncat tells everybody, each time.
 //! - A client that does not read is cut off when more than a backlog is unsent. In the meantime nobody waits for it.
 //! - User numbers are not used again.
+//!
+//! Under a supervisor with a store it can also be killed, and the next process goes on with every client connected and no line
+//! lost: see [`switchboard`], [`recovery`] and [`keeper`].
 
 mod client;
 mod connection;
@@ -48,11 +51,12 @@ pub(super) fn run(args: &Args) -> Result<Exit, Failure> {
     let addresses = resolve(&args.address)?;
     let path = args.target.path("chat-listen", &args.address)?;
     let replace = args.replace.into();
+    let service = service(&args.address);
     let config = Config { limits: handover::limits(), ..Config::default() };
     let server = loop {
-        match heirloom::start::<NoRequests>(&path, service(&args.address), config.clone(), replace)? {
+        match heirloom::start::<NoRequests>(&path, service.clone(), config.clone(), replace)? {
             Start::Fresh(incumbent) => {
-                break Server::fresh(incumbent, &addresses, signals, args.backlog)?;
+                break Server::fresh(incumbent, &service.name, &addresses, signals, args.backlog)?;
             }
             Start::Successor(successor) => match take_over(successor) {
                 Err(failure) if failure.incumbent_died && replace == Replace::Try => {
@@ -60,11 +64,11 @@ pub(super) fn run(args: &Args) -> Result<Exit, Failure> {
                 }
                 taken => {
                     let (taken, ahead) = taken?;
-                    break Server::resume(taken, ahead, signals, args.backlog)?;
+                    break Server::resume(taken, &service.name, ahead, signals, args.backlog)?;
                 }
             },
             Start::InPlace(taken) => {
-                break Server::resume(*taken, Ahead::nothing()?, signals, args.backlog)?;
+                break Server::resume(*taken, &service.name, Ahead::nothing()?, signals, args.backlog)?;
             }
             Start::Preflight(preflight) => {
                 match handover::check(preflight.entries()) {

@@ -10,6 +10,9 @@
 //! | gone, or cut off | held | its connection is ended, or reset, as that was about to be |
 //! | closed | held | the server was being stopped: everybody's connection is ended |
 //!
+//! Where there is no journal, or it cannot be read, nothing of this can be done: in the first case everybody is reset, in the
+//! second everything stays in the store for a program that can read it.
+//!
 //! Whose counters contradict the journal is cut off: somebody else has read or written there. After a takeover by a program that
 //! knows nothing of the journal that is everybody, if it did anything: then all connections end with it, as they would without
 //! a store.
@@ -118,7 +121,10 @@ pub(super) fn recover(
     strange.into_iter().for_each(|id| switchboard.expel(id));
     lost.into_iter().for_each(|id| switchboard.lose(id));
     for (id, Stored { socket, address }) in arrived {
-        switchboard.join(id, socket, address)?;
+        if let Err(error) = switchboard.join(id, socket, address) {
+            tracing::warn!(%error, "cannot let a client in");
+            switchboard.forget(id);
+        }
     }
     Ok(switchboard)
 }

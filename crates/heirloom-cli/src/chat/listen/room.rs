@@ -168,3 +168,22 @@ impl Room {
 pub(super) fn add(counter: &mut u64, more: u64) {
     *counter = counter.saturating_add(more);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chat::listen::event::Counted;
+
+    /// A room whose counters another process has brought to their end.
+    #[test]
+    fn counters_stay_at_their_end() {
+        let counters = Counters { lines_in: u64::MAX, bytes_in: u64::MAX - 1, bytes_out: u64::MAX };
+        let id = ItemId(u64::MAX);
+        let mut room = Room::new(id, counters);
+        room.happen(&Event::Joined { id, address: "somewhere".into(), counted: Counted::default() });
+        room.happen(&Event::Said { id, bytes: b"one\ntwo\n"[..].into() });
+        room.sent(id, 1);
+        let end = Counters { lines_in: u64::MAX, bytes_in: u64::MAX, bytes_out: u64::MAX };
+        assert_eq!((room.counters(), room.next_id()), (end, id));
+    }
+}

@@ -65,11 +65,12 @@ impl Server {
     /// addresses that is free.
     pub(super) fn fresh(
         incumbent: Incumbent<NoRequests>,
+        service: &str,
         addresses: &[SocketAddr],
         signals: Signals,
         backlog: usize,
     ) -> anyhow::Result<Server> {
-        match House::restored(incumbent.path(), addresses, backlog) {
+        match House::restored(incumbent.path(), service, addresses, backlog) {
             Ok((poll, house)) => Server::new(incumbent, signals, poll, house),
             Err(error) => {
                 incumbent.retire();
@@ -81,12 +82,13 @@ impl Server {
     /// Goes on with everything that was taken over, whatever of it was registered ahead.
     pub(super) fn resume(
         taken: Taken<NoRequests>,
+        service: &str,
         ahead: Ahead,
         signals: Signals,
         backlog: usize,
     ) -> anyhow::Result<Server> {
         let Taken { bundle, incumbent, from, pause } = taken;
-        let (poll, house) = House::resume(bundle, &incumbent, ahead, backlog)?;
+        let (poll, house) = House::resume(bundle, service, &incumbent, ahead, backlog)?;
         tracing::info!(
             %from,
             generation = incumbent.generation(),

@@ -269,6 +269,7 @@ impl Switchboard {
         let read = if peeks { connection.peek(&mut buffer) } else { connection.read(&mut buffer) };
         match read {
             Ok(0) => self.leave(id, None, now),
+            Ok(_) if self.room.is_closed() => drop(self.ready.insert(id)),
             Ok(count) => {
                 self.happen(&Event::Said { id, bytes: Cow::Borrowed(&buffer[..count]) });
                 // There may be more, of which the poller does not tell again.
