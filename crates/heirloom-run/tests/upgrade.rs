@@ -74,7 +74,8 @@ fn what_fails_is_undone_and_the_previous_command_has_the_store() {
     let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
     old.tell("put('f', os.memfd_create('x')); barrier()");
     // It ends at once.
-    let outcome = begin(&run, to(&["-c", "import sys; sys.exit(4)"]));
+    let request = Upgrade { program: Some("/bin/sh".into()), ..to(&["-c", "exit 4"]) };
+    let outcome = begin(&run, request);
     let back = run.next();
     assert_eq!((back.given, back.arguments.len()), (1, 0));
     let why = rolled_back(outcome);
@@ -173,7 +174,7 @@ fn an_old_one_that_lingers_is_stopped() {
 
 #[test]
 fn an_upgrade_that_makes_no_sense_is_refused() {
-    let (run, _puppet) = Run::puppet(&[]);
+    let (run, mut puppet) = Run::puppet(&[]);
     for request in [
         Upgrade { dry_run: true, ..Upgrade::default() },
         Upgrade { in_place: true, ..Upgrade::default() },
@@ -184,6 +185,7 @@ fn an_upgrade_that_makes_no_sense_is_refused() {
     }
     // While it ends, nothing is begun.
     let mut run = run;
+    puppet.tell("notify('READY=1'); barrier()");
     let outcome = begin(&run, Upgrade::default());
     let _next = run.next();
     run.signal(Signal::TERM);
