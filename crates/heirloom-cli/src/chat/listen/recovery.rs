@@ -13,7 +13,7 @@
 //! Where there is no journal, or it cannot be read, nothing of this can be done: in the first case everybody is reset, in the
 //! second everything stays in the store for a program that can read it.
 //!
-//! Whose counters contradict the journal is cut off: somebody else has read or written there. After a takeover by a program that
+//! Whose counters contradict the journal is reset, and has left: somebody else has read or written there. After a takeover by a program that
 //! knows nothing of the journal that is everybody, if it did anything: then all connections end with it, as they would without
 //! a store.
 //!
@@ -79,22 +79,25 @@ pub(super) fn recover(
         return begin(stored, Room::new(next_id, room.counters()), Some(journal), registry, backlog);
     }
 
-    let (mut lost, mut strange, mut connected) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut lost, mut connected) = (Vec::new(), Vec::new());
     for client in room.clients() {
         let id = client.id();
         let Some(Stored { socket, .. }) = stored.remove(&id) else {
             lost.push(id);
             continue;
         };
-        let last_said = replay.last_said.get(&id).copied().unwrap_or(0);
         let connection = Connection::new(socket);
-        if !room.is_closed()
-            && let Err(error) = settle(client, &connection, last_said)
-        {
-            tracing::error!(user = name(id), "cutting it off: {error:#}");
-            strange.push(id);
+        let last_said = replay.last_said.get(&id).copied().unwrap_or(0);
+        // When the server is being stopped, what clients send is not written down.
+        let settled = if room.is_closed() { Ok(()) } else { settle(client, &connection, last_said) };
+        match settled {
+            Ok(()) => connected.push((id, connection)),
+            Err(error) => {
+                tracing::error!(user = name(id), "resetting it: {error:#}");
+                connection.reset(&registry);
+                lost.push(id);
+            }
         }
-        connected.push((id, connection));
     }
     let next = room.next_id();
     let (ended, arrived): (Vec<_>, Vec<_>) = stored.into_iter().partition(|(id, _)| *id < next);
@@ -118,7 +121,6 @@ pub(super) fn recover(
         switchboard = switchboard.reopen();
     }
     switchboard.write_down(journal)?;
-    strange.into_iter().for_each(|id| switchboard.expel(id));
     lost.into_iter().for_each(|id| switchboard.lose(id));
     for (id, Stored { socket, address }) in arrived {
         if let Err(error) = switchboard.join(id, socket, address) {

@@ -151,11 +151,6 @@ impl Switchboard {
         self.gone(id);
     }
 
-    /// The next turn cuts a client off.
-    pub(super) fn expel(&mut self, id: ItemId) {
-        self.too_slow.insert(id);
-    }
-
     /// From here on nobody is heard: outboxes only become emptier. What clients send is still read, and dropped.
     pub(super) fn close(&mut self) {
         self.happen(&Event::Closed);
