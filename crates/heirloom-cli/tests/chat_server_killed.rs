@@ -15,7 +15,7 @@ use rustix::process::Signal;
 use support::ears::*;
 use support::guests::*;
 use support::random::Random;
-use support::supervised::{Supervised, kill};
+use support::supervised::Supervised;
 use support::talk::Talk;
 use support::*;
 
@@ -30,10 +30,30 @@ const LEAVERS: usize = 4;
 /// How many come in a kill at a time.
 const COMERS: usize = 2;
 
+/// More than anybody will have unsent.
+const BACKLOG: [&str; 2] = ["--backlog", "256M"];
+
 #[test]
 fn everybody_hears_everything() {
     let scratch = Scratch::new();
-    let mut server = Supervised::start(&scratch, &["--backlog", "256M"]);
+    let server = Supervised::start(&scratch, &BACKLOG);
+    hears_everything(server, kills(), |_, _| {});
+}
+
+/// `heirloom run` is PID 1 of a container, and is upgraded in between.
+#[test]
+fn everybody_hears_everything_in_a_pid_namespace_whose_first_process_is_run() {
+    let scratch = Scratch::new();
+    let Some(server) = Supervised::start_as_init(&scratch, &BACKLOG) else { return };
+    hears_everything(server, kills() / 3, |server, round| {
+        if round % 5 == 4 {
+            server.upgrade_run();
+        }
+    });
+}
+
+/// Kills the server so often, and does something else before each kill.
+fn hears_everything(mut server: Supervised, kills: u64, before: impl Fn(&Supervised, u64)) {
     let address = server.address;
     let mut random = Random::seeded();
 
@@ -47,11 +67,11 @@ fn everybody_hears_everything() {
     let names: Vec<String> = talkers.iter().map(|guest| guest.name.clone()).collect();
     let talk = Talk::start(talkers, &names);
 
-    let kills = kills();
     let (mut visitors, mut not_let_in, mut times) = (Vec::new(), 0, Vec::new());
     let mut takeovers = Takeovers::default();
     for round in 0..kills {
         talk.wait_for_progress();
+        before(&server, round);
         let mut bytes = numbered(UNHEARD + round).into_bytes().into_iter();
         bytes.by_ref().take(5).for_each(|byte| hesitant.say([byte]));
         let traffic = Traffic::start(address);
@@ -146,7 +166,7 @@ fn kill_in_takeover(server: &mut Supervised, random: &mut Random, takeovers: &mu
     let killed = if random.one_in(2) {
         // The stimulus, not a wait.
         std::thread::sleep(Duration::from_micros(random.below(3_000)));
-        kill(incumbent);
+        server.kill_one(incumbent);
         takeovers.killed_incumbents += 1;
         incumbent
     } else {

@@ -19,7 +19,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_s
 use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, OptionalActions, OutputModes, tcgetattr, tcsetattr};
 use support::generations::*;
-use support::proc::children;
+use support::proc::{children, only_child, signal};
 use support::random::Random;
 use support::upgrading::Place;
 use support::*;
@@ -34,6 +34,8 @@ const LIFE: Duration = Duration::from_millis(30);
 /// `heirloom run -- heirloom chat`, and a server that the chat has connected to.
 struct Supervised {
     run: Process,
+    /// The process that the chat is a child of: `heirloom run`, whatever has started that.
+    keeper: u32,
     control: PathBuf,
     listener: TcpListener,
     server: TcpStream,
@@ -75,7 +77,8 @@ impl Supervised {
         let run = start(&mut run);
         let server = accept(&listener);
         let random = Random::seeded();
-        let supervised = Supervised { run, control, listener, server, random, killed: None, scratch };
+        let keeper = run.id();
+        let supervised = Supervised { run, keeper, control, listener, server, random, killed: None, scratch };
         // From here on it is kept.
         supervised.wait_until_connected();
         supervised
@@ -96,7 +99,7 @@ impl Supervised {
     fn chat(&self) -> u32 {
         let mut chat = None;
         wait_for("a chat that was not killed", || {
-            chat = children(self.run.id()).split_whitespace().filter_map(|pid| pid.parse().ok()).next_back();
+            chat = children(self.keeper).split_whitespace().filter_map(|pid| pid.parse().ok()).next_back();
             chat.is_some() && chat != self.killed
         });
         chat.expect("waited for")
@@ -145,8 +148,8 @@ fn kills() -> u64 {
 }
 
 /// What a test has gone through, for the documentation.
-fn print(what: &str, sent: &[u8], typed: &[u8]) {
-    println!("{what}: {} kills, {} bytes from the server, {} from stdin", kills(), sent.len(), typed.len());
+fn print(what: &str, kills: u64, sent: &[u8], typed: &[u8]) {
+    println!("{what}: {kills} kills, {} bytes from the server, {} from stdin", sent.len(), typed.len());
 }
 
 fn at_least() -> u64 {
@@ -164,13 +167,53 @@ fn into_a_pipe_and_out_of_a_pipe() {
     wait_for("everything on stdout", || chat.run.stdout_len() >= sent.len());
     chat.wait_until_counted(sent.len(), typed.len());
     assert_same(&chat.run.stdout(), &sent);
-    print("pipes", &sent, &typed);
+    print("pipes", kills(), &sent, &typed);
     // Once its stdin has ended it is not read again.
     chat.kill();
     chat.server.write_all(b"more").expect("it is connected");
     wait_for("more", || chat.run.stdout_len() == sent.len() + 4);
     chat.stop();
     assert_same(&heard.join().expect("no panic"), &typed);
+}
+
+/// `heirloom run` is PID 1 of a container, and is upgraded in between.
+#[test]
+fn in_a_pid_namespace_whose_first_process_is_run() {
+    let unshare = ["--pid", "--fork", "--mount-proc", "--kill-child"];
+    let can = Command::new("unshare").args(unshare).arg("true").stderr(Stdio::null()).status();
+    if !can.is_ok_and(|status| status.success()) {
+        return skip("no pid namespace can be made here (unshare needs root)");
+    }
+    let mut chat = Supervised::start_by(|run| {
+        let mut namespace = Command::new("unshare");
+        namespace.args(unshare).arg(run.get_program()).args(run.get_args());
+        Process::start(&mut namespace)
+    });
+    chat.keeper = only_child(chat.run.id());
+    let sender = Sender::start(chat.server(), at_least() / 2);
+    let typist = Sender::start(chat.run.stdin.take().expect("a pipe"), at_least() / 8);
+    let heard = read_all(chat.server());
+    let keeper = chat.scratch.path("run.sock");
+    assert_eq!(status(&keeper).pid, 1);
+    for round in 1..=3 {
+        for _ in 0..kills() / 4 {
+            chat.kill();
+        }
+        let mut upgrade = heirloom();
+        upgrade.args(["upgrade", "--self", "--control"]).arg(&keeper);
+        Process::start(&mut upgrade).wait_for_code(0);
+        assert_eq!((status(&keeper).pid, status(&keeper).generation), (1, round));
+    }
+    chat.kill();
+    let (sent, typed) = (sender.finish(), typist.finish());
+    wait_for("everything on stdout", || chat.run.stdout_len() >= sent.len());
+    chat.wait_until_counted(sent.len(), typed.len());
+    print("PID 1", 3 * (kills() / 4) + 1, &sent, &typed);
+    signal(chat.keeper, Signal::TERM);
+    chat.run.wait_for_code(0);
+    assert_same(&chat.run.stdout(), &sent);
+    assert_same(&heard.join().expect("no panic"), &typed);
+    nobody_else_came(chat.listener);
 }
 
 #[test]
@@ -199,7 +242,7 @@ fn files(open: impl Fn(&Path) -> File) {
     chat.stop();
     assert_same(&std::fs::read(&path).expect("it is there"), &sent);
     assert_same(&heard.join().expect("no panic"), &typed);
-    print("files", &sent, &typed);
+    print("files", kills(), &sent, &typed);
 }
 
 #[test]
@@ -219,7 +262,7 @@ fn at_a_terminal() {
     chat.stop();
     assert_same(&shown.contents(), &sent);
     assert_same(&heard.join().expect("no panic"), &typed);
-    print("a terminal", &sent, &typed);
+    print("a terminal", kills(), &sent, &typed);
 }
 
 /// What is in the pipes when it is replaced, by another process or in place, is what a kill right afterwards finds.
@@ -295,7 +338,7 @@ fn appended_to_a_file_to_which_others_append() {
     let (appended, logged) = appended();
     assert_same(&appended, &sent);
     assert!(logged > kills(), "{logged} lines of a log");
-    print("a file with a log", &sent, &[]);
+    print("a file with a log", kills(), &sent, &[]);
 }
 
 /// What is left of a file without the lines of a log, which begin with the time, and how many they were. There is no
@@ -347,7 +390,7 @@ fn killed_while_it_is_replaced() {
     chat.stop();
     assert_same(&shown.join().expect("no panic"), &sent);
     assert_same(&heard.join().expect("no panic"), &typed);
-    print("replaced all the while", &sent, &typed);
+    print("replaced all the while", kills(), &sent, &typed);
 }
 
 /// It would lose what is in the pipes, and leave behind a store with what is no longer so.
