@@ -3,12 +3,8 @@
 
 mod support;
 
-use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::collections::HashMap;
 use std::os::unix::net::UnixDatagram;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -17,6 +13,7 @@ use support::guests::*;
 use support::random::Random;
 use support::supervised::Supervised;
 use support::talk::Talk;
+use support::traffic::{Traffic, listen_to_the_end};
 use support::*;
 
 /// How often the server is killed, unless HEIRLOOM_KILLS says so.
@@ -25,10 +22,6 @@ const KILLS: u64 = 50;
 const TALKERS: usize = 50;
 /// How many lines are said to one who does not read: more than the kernel keeps for it.
 const UNHEARD: u64 = 120_000;
-/// How many are there before a kill, and leave in it.
-const LEAVERS: usize = 4;
-/// How many come in a kill at a time.
-const COMERS: usize = 2;
 
 /// More than anybody will have unsent.
 const BACKLOG: [&str; 2] = ["--backlog", "256M"];
@@ -184,67 +177,6 @@ fn kills() -> u64 {
         Ok(count) => count.parse().expect("HEIRLOOM_KILLS is a number"),
         Err(_) => KILLS,
     }
-}
-
-/// Reads what one hears who has not read until now: the last lines of these have to be in it.
-fn listen_to_the_end<'n>(mut guest: Guest, to: impl Iterator<Item = &'n String>) -> Ear {
-    let (mut ear, mut to): (_, HashSet<&String>) = (Ear::default(), to.collect());
-    while !to.is_empty() {
-        if let Some(heard) = ear.hear(&guest.line())
-            && heard.is_last
-        {
-            to.remove(&heard.who);
-        }
-    }
-    ear
-}
-
-/// Those who come and go while the server is killed.
-struct Traffic {
-    done: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<(Vec<String>, u64)>>,
-}
-
-impl Traffic {
-    fn start(address: SocketAddr) -> Traffic {
-        let done: Arc<AtomicBool> = Arc::default();
-        let leavers: Vec<Guest> = (0..LEAVERS).map(|_| Guest::join(address)).collect();
-        let leaving = std::thread::spawn(move || (leavers.into_iter().map(leave).collect(), 0));
-        let coming = (0..COMERS).map(|_| {
-            let done = done.clone();
-            std::thread::spawn(move || {
-                let (mut names, mut lost) = (Vec::new(), 0);
-                while names.is_empty() || !done.load(Ordering::Relaxed) {
-                    match Guest::try_join(address) {
-                        Some(guest) => names.push(leave(guest)),
-                        None => lost += 1,
-                    }
-                }
-                (names, lost)
-            })
-        });
-        let threads = coming.chain([leaving]).collect();
-        Traffic { done, threads }
-    }
-
-    /// Lets nobody come any more; the names of all who came, and how many were not let in.
-    fn finish(self) -> (Vec<String>, u64) {
-        self.done.store(true, Ordering::Relaxed);
-        let (names, lost): (Vec<_>, Vec<_>) =
-            self.threads.into_iter().map(|thread| thread.join().expect("everything is heard")).unzip();
-        (names.into_iter().flatten().collect(), lost.into_iter().sum())
-    }
-}
-
-/// Says one line, and leaves, having heard everything until then.
-fn leave(mut guest: Guest) -> String {
-    guest.say(numbered(0));
-    guest.shutdown();
-    let mut ear = Ear::default();
-    while let Some(line) = guest.try_line().expect("a clean end") {
-        ear.hear(&line);
-    }
-    guest.name
 }
 
 #[test]

@@ -3,12 +3,9 @@
 
 mod support;
 
-use std::collections::{HashMap, HashSet};
-use std::net::{SocketAddr, TcpStream};
+use std::collections::HashMap;
+use std::net::TcpStream;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
 use heirloom::control::LastTakeover;
 use rustix::process::Signal;
@@ -16,6 +13,7 @@ use support::ears::*;
 use support::generations::Generations;
 use support::guests::*;
 use support::talk::Talk;
+use support::traffic::{AT_LEAST, Traffic, listen_to_the_end};
 use support::*;
 
 /// How often the server is replaced, by takeover and in place in turn.
@@ -25,10 +23,6 @@ const TALKERS: usize = 50;
 /// How many lines are said to one who does not read: more than the kernel keeps for it (tcp_wmem is 4 MiB at most by
 /// default).
 const UNHEARD: u64 = 120_000;
-/// How many are there before a replacement, and leave in it.
-const LEAVERS: usize = 4;
-/// How many come in a replacement at a time.
-const COMERS: usize = 2;
 
 #[test]
 fn everybody_hears_everything() {
@@ -67,7 +61,9 @@ fn everybody_hears_everything() {
         let bytes;
         (hesitant, bytes) = hesitating.join().expect("the server reads");
         bytes.for_each(|byte| hesitant.say([byte]));
-        visitors.extend(traffic.finish());
+        let (names, lost) = traffic.finish();
+        assert_eq!(lost, 0, "not let in");
+        visitors.extend(names);
     }
     talk.wait_for_progress();
     hesitant.say(last(UNHEARD + REPLACEMENTS));
@@ -81,7 +77,7 @@ fn everybody_hears_everything() {
     }
     ears.insert(deaf.name.clone(), listen_to_the_end(deaf, said.keys()));
     ears.insert(hesitant.name.clone(), listen_to_the_end(hesitant, names.iter()));
-    assert!(visitors.len() as u64 >= REPLACEMENTS * (LEAVERS + COMERS) as u64);
+    assert!(visitors.len() as u64 >= REPLACEMENTS * AT_LEAST as u64);
     said.extend(visitors.iter().map(|name| (name.clone(), 1)));
     let (came, left) = (&ears[&names[0]].came, &ears[&names[0]].left);
     for (listener, ear) in &ears {
@@ -193,60 +189,4 @@ fn replace(generations: &mut Generations, round: u64, control: &Path, options: &
         return generations.upgrade_in_place();
     }
     generations.replace(Process::start(&mut listening("127.0.0.1:0", control, options)))
-}
-
-/// Reads what one hears who has not read until now: the last lines of these have to be in it.
-fn listen_to_the_end<'n>(mut guest: Guest, to: impl Iterator<Item = &'n String>) -> Ear {
-    let (mut ear, mut to): (_, HashSet<&String>) = (Ear::default(), to.collect());
-    while !to.is_empty() {
-        if let Some(heard) = ear.hear(&guest.line())
-            && heard.is_last
-        {
-            to.remove(&heard.who);
-        }
-    }
-    ear
-}
-
-/// Those who come and go while the server is replaced.
-struct Traffic {
-    done: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<Vec<String>>>,
-}
-
-impl Traffic {
-    fn start(address: SocketAddr) -> Traffic {
-        let done: Arc<AtomicBool> = Arc::default();
-        let leavers: Vec<Guest> = (0..LEAVERS).map(|_| Guest::join(address)).collect();
-        let leaving = std::thread::spawn(move || leavers.into_iter().map(leave).collect());
-        let coming = (0..COMERS).map(|_| {
-            let done = done.clone();
-            std::thread::spawn(move || {
-                let mut names = vec![leave(Guest::join(address))];
-                while !done.load(Ordering::Relaxed) {
-                    names.push(leave(Guest::join(address)));
-                }
-                names
-            })
-        });
-        let threads = coming.chain([leaving]).collect();
-        Traffic { done, threads }
-    }
-
-    /// Lets nobody come any more; the names of all who came.
-    fn finish(self) -> Vec<String> {
-        self.done.store(true, Ordering::Relaxed);
-        self.threads.into_iter().flat_map(|thread| thread.join().expect("everything is heard")).collect()
-    }
-}
-
-/// Says one line, and leaves, having heard everything until then.
-fn leave(mut guest: Guest) -> String {
-    guest.say(numbered(0));
-    guest.shutdown();
-    let mut ear = Ear::default();
-    while let Some(line) = guest.try_line().expect("a clean end") {
-        ear.hear(&line);
-    }
-    guest.name
 }

@@ -1,5 +1,5 @@
 //! `heirloom run` and programs that know nothing of it: a Python server that uses the distribution's python3-systemd, systemd's
-//! own systemd-socket-proxyd and systemd-notify, and nginx with a socket that was opened for it.
+//! own systemd-socket-proxyd, and nginx with a socket that was opened for it.
 
 mod support;
 
@@ -205,24 +205,4 @@ NGINX='3;' exec /usr/sbin/nginx -c "$1/nginx.conf"
     }
     run.signal(Signal::TERM);
     run.wait();
-}
-
-#[test]
-fn systemd_notify_is_heard_though_it_is_gone_at_once() {
-    if !have("systemd-notify") {
-        return skip("systemd-notify is not there (apt-get install systemd)");
-    }
-    let scratch = Scratch::new();
-    let control = scratch.path("run.sock");
-    let script = "systemd-notify --ready --status='as the shell says'; systemd-notify --no-block WATCHDOG=1; read line";
-    let mut run = run(&control, &[], &["sh", "-c", script]);
-    wait_for("the status text", || {
-        let status =
-            heirloom().args(["status", "--control"]).arg(&control).output().expect("heirloom status");
-        let said = String::from_utf8_lossy(&status.stdout).into_owned();
-        (said.contains("as the shell says") && said.contains("ready")) || !run.is_running()
-    });
-    assert!(run.is_running(), "{}", run.stderr());
-    run.write(b"end\n");
-    run.wait_for_code(0);
 }

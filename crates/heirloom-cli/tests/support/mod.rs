@@ -8,6 +8,7 @@ pub(crate) mod proc;
 pub(crate) mod random;
 pub(crate) mod supervised;
 pub(crate) mod talk;
+pub(crate) mod traffic;
 pub(crate) mod upgrading;
 
 use std::io::{Read, Write};
