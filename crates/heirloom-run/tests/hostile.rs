@@ -5,7 +5,7 @@ mod support;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use rustix::process::Signal;
-use support::{Run, wait_for};
+use support::{Run, has_python, wait_for};
 
 /// Resident memory, in kB.
 fn memory(run: &Run) -> u64 {
@@ -16,6 +16,9 @@ fn memory(run: &Run) -> u64 {
 
 #[test]
 fn a_flood_of_garbage_with_descriptors_leaves_nothing() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&[]);
     let before = run.descriptors();
     puppet.tell(
@@ -46,6 +49,9 @@ barrier()",
 
 #[test]
 fn any_datagram_is_taken_without_harm() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&["--restart", "never"]);
     let before = run.descriptors();
     let mut runner = TestRunner::new(ProptestConfig {
@@ -72,6 +78,9 @@ fn any_datagram_is_taken_without_harm() {
 
 #[test]
 fn many_processes_put_and_remove_at_once() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     puppet.tell(
         "def work(k):
@@ -101,6 +110,9 @@ codes = [os.waitpid(child, 0)[1] for child in children]",
 
 #[test]
 fn a_death_in_the_middle_of_puts_leaves_whole_puts_alone() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&["--tries", "0"]);
     let before = run.descriptors();
     for round in 0..4 {
@@ -122,6 +134,9 @@ fn a_death_in_the_middle_of_puts_leaves_whole_puts_alone() {
 
 #[test]
 fn a_flood_does_not_keep_others_waiting() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&["--stop-timeout", "300ms"]);
     puppet.tell(
         "def flood():
@@ -153,6 +168,9 @@ for _ in range(3):
 
 #[test]
 fn one_that_stores_more_than_there_is_room_for_is_told_and_run_goes_on() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     puppet.tell("import resource; hard = resource.getrlimit(7)[1]; resource.setrlimit(7, (hard, hard))");
     let most = puppet.number("int(os.environ['FDSTORE'])");

@@ -5,7 +5,7 @@ mod support;
 use std::process::Command;
 
 use heirloom::upgrade::{Upgrade, Upgraded};
-use support::{Run, puppet};
+use support::{Run, has_python, puppet};
 
 /// Starts it as PID 1; `None` where that cannot be.
 fn start(options: &[&str]) -> Option<Run> {
@@ -25,6 +25,9 @@ fn start(options: &[&str]) -> Option<Run> {
 
 #[test]
 fn it_keeps_the_store_is_upgraded_and_ends_with_all_others() {
+    if !has_python() {
+        return;
+    }
     let Some(mut run) = start(&["--listen", "127.0.0.1:0", "--stop-timeout", "3s"]) else { return };
     let mut first = run.next();
     assert_eq!(run.status().pid, 1);
@@ -54,6 +57,9 @@ fn it_keeps_the_store_is_upgraded_and_ends_with_all_others() {
 
 #[test]
 fn the_code_gets_through() {
+    if !has_python() {
+        return;
+    }
     let Some(mut run) = start(&["--tries", "1"]) else { return };
     let mut only = run.next();
     only.begin("os._exit(9)");

@@ -4,7 +4,7 @@ mod support;
 
 use heirloom::upgrade::{AskError, Upgrade, Upgraded};
 use rustix::process::Signal;
-use support::{Puppet, Run, wait_for};
+use support::{Puppet, Run, has_python, wait_for};
 
 fn itself() -> Upgrade {
     Upgrade { itself: true, ..Upgrade::default() }
@@ -28,6 +28,9 @@ fn main_pid(run: &Run) -> Option<u32> {
 
 #[test]
 fn all_that_is_held_stays_and_so_does_the_child() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&["--listen", "web=127.0.0.1:0", "--store-max", "2000"]);
     let port = puppet.number("socket.socket(fileno=os.dup(3)).getsockname()[1]");
     puppet.tell("r, w = os.pipe(); os.write(w, b'kept'); put('heirloom.pipe', r, w); put('x:', r)");
@@ -67,6 +70,9 @@ fn all_that_is_held_stays_and_so_does_the_child() {
 
 #[test]
 fn what_ends_meanwhile_is_not_missed() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&["--tries", "0"]);
     for round in 0..5 {
         puppet.tell("put('f', os.memfd_create('x')); barrier()");
@@ -80,6 +86,9 @@ fn what_ends_meanwhile_is_not_missed() {
 
 #[test]
 fn timers_go_on() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&["--watchdog", "4s"]);
     puppet.tell("notify('READY=1')");
     for _ in 0..5 {
@@ -94,6 +103,9 @@ fn timers_go_on() {
 
 #[test]
 fn under_load_nothing_is_lost() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     puppet.begin(
         "for i in range(3000):
@@ -121,6 +133,9 @@ barrier()",
 
 #[test]
 fn one_that_cannot_go_on_changes_nothing() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     puppet.tell("put('f', os.memfd_create('x')); barrier()");
     let failing = [
@@ -144,6 +159,9 @@ fn one_that_cannot_go_on_changes_nothing() {
 
 #[test]
 fn the_command_of_an_upgrade_is_kept_and_a_new_command_line_counts() {
+    if !has_python() {
+        return;
+    }
     let (mut run, puppet) = Run::puppet(&[]);
     let control = run.control();
     let request =

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use heirloom::control::{Reply, Request};
 use rustix::process::Signal;
-use support::{Run, puppet, wait_for};
+use support::{Run, has_python, puppet, wait_for};
 
 fn shell(script: &str) -> [&str; 3] {
     ["sh", "-c", script]
@@ -55,6 +55,9 @@ fn what_cannot_be_run_has_codes_of_its_own() {
 
 #[test]
 fn nothing_of_it_is_left_in_the_file_system() {
+    if !has_python() {
+        return;
+    }
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("s");
     let (mut run, mut puppet) = Run::puppet(&["--listen", socket.to_str().unwrap()]);
@@ -67,6 +70,9 @@ fn nothing_of_it_is_left_in_the_file_system() {
 
 #[test]
 fn signals_are_passed_on_and_two_of_them_end_it() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     puppet.tell("got = []; note = lambda number, frame: got.append(number)");
     puppet.tell("for s in (1, 3, 10, 12, 14, 15, 28, 40): signal.signal(s, note)");
@@ -95,6 +101,9 @@ fn signals_are_passed_on_and_two_of_them_end_it() {
 
 #[test]
 fn what_does_not_end_is_killed_and_quit_is_as_a_signal() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&["--stop-timeout", "200ms"]);
     puppet.tell("signal.signal(signal.SIGTERM, signal.SIG_IGN)");
     assert_eq!(run.ask(&Request::Quit), Reply::Bye);
@@ -109,6 +118,9 @@ fn what_does_not_end_is_killed_and_quit_is_as_a_signal() {
 
 #[test]
 fn orphans_are_waited_for() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&[]);
     puppet.tell("for _ in range(20): subprocess.run(['sh', '-c', '(sleep 0.01 &)'])");
     // Whatever process group or session they are in.
@@ -120,6 +132,9 @@ fn orphans_are_waited_for() {
 
 #[test]
 fn what_it_says_of_itself_is_shown() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&[]);
     assert_eq!(state(&run), "running");
     puppet.tell("notify('READY=1\\nSTATUS=two clients'); barrier()");
@@ -135,6 +150,9 @@ fn what_it_says_of_itself_is_shown() {
 
 #[test]
 fn the_watchdog_ends_what_is_silent_and_spares_what_speaks() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&["--watchdog", "3s", "--stop-timeout", "5s"]);
     assert_eq!(puppet.text("os.environ['WATCHDOG_USEC']"), "3000000");
     assert_eq!(puppet.number("int(os.environ['WATCHDOG_PID'])"), i64::from(puppet.pid));
@@ -161,6 +179,9 @@ fn one_that_says_when_it_is_ready_has_a_time_for_it() {
 
 #[test]
 fn another_main_process_is_followed_if_it_is_one_of_ours() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     // A daemon: its parent says who it is, and ends.
     puppet.tell(
@@ -202,6 +223,9 @@ fn systemd_notify_is_heard_though_it_ends_at_once() {
 
 #[test]
 fn a_stranger_is_not_heard() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&[]);
     let before = run.descriptors();
     let socket = run.directory.path().join("control.notify");
@@ -233,6 +257,9 @@ os.read(0, 1)
 
 #[test]
 fn what_is_its_own_is_not_inherited() {
+    if !has_python() {
+        return;
+    }
     let (_run, mut puppet) = {
         let mut run = Run::start_by(
             |program| {

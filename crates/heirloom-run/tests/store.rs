@@ -4,10 +4,13 @@ mod support;
 
 use heirloom::control::{Client, Request};
 use rustix::process::Signal;
-use support::{Run, wait_for};
+use support::{Run, has_python, wait_for};
 
 #[test]
 fn sockets_and_what_is_stored_come_back_after_a_kill() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut first) = Run::puppet(&["--listen", "web=127.0.0.1:0", "--listen", "127.0.0.1:0"]);
     assert_eq!((first.given, first.names.as_str()), (2, "web:listen"));
     let port = first.number("socket.socket(fileno=os.dup(3)).getsockname()[1]");
@@ -39,6 +42,9 @@ fn sockets_and_what_is_stored_come_back_after_a_kill() {
 
 #[test]
 fn a_crash_by_any_signal_keeps_it() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     puppet.tell("r, w = os.pipe(); put('pipe', r, w); barrier()");
     let inode = puppet.number("os.fstat(r).st_ino");
@@ -58,6 +64,9 @@ fn a_crash_by_any_signal_keeps_it() {
 
 #[test]
 fn beyond_the_limit_a_put_is_refused_and_nothing_is_left_of_it() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&["--store-max", "5"]);
     assert_eq!(puppet.text("os.environ['FDSTORE']"), "5");
     puppet.tell("put('a', *[os.memfd_create('x') for _ in range(4)]); barrier()");
@@ -83,6 +92,9 @@ fn beyond_the_limit_a_put_is_refused_and_nothing_is_left_of_it() {
 
 #[test]
 fn names_that_are_none_are_refused_with_a_reason() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&[]);
     for (name, reason) in
         [("'a:b'", "colon"), ("'ä'", "ASCII"), ("'x' * 256", "longer than 255"), ("'a\\tb'", "\u{fffd}")]
@@ -103,6 +115,9 @@ fn names_that_are_none_are_refused_with_a_reason() {
 
 #[test]
 fn names_that_do_not_fit_the_environment_need_a_program_that_fetches() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     // 131,072 bytes less the variable's name, at 200 bytes each with the colon: 655 fit.
     puppet.tell("held = [os.memfd_create('x') for _ in range(700)]");
@@ -125,6 +140,9 @@ fn names_that_do_not_fit_the_environment_need_a_program_that_fetches() {
 
 #[test]
 fn what_hangs_up_is_let_go_unless_it_is_to_be_kept() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&[]);
     let before = run.descriptors();
     puppet.tell("a, b = socket.socketpair(); put('polled', a.fileno())");
@@ -151,6 +169,9 @@ fn what_hangs_up_is_let_go_unless_it_is_to_be_kept() {
 
 #[test]
 fn a_barrier_is_the_end_of_all_before_and_leaves_nothing_open() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&[]);
     let before = run.descriptors();
     for round in 1..=20 {
@@ -163,6 +184,9 @@ fn a_barrier_is_the_end_of_all_before_and_leaves_nothing_open() {
 
 #[test]
 fn thousands_are_fetched_in_their_order_and_stay() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut puppet) = Run::puppet(&[]);
     let limit = puppet.number("__import__('resource').getrlimit(7)[1]") - 800;
     let count = limit.min(15_000);

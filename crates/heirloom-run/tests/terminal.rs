@@ -4,7 +4,7 @@ mod support;
 
 use std::process::Command;
 
-use support::{Run, puppet, wait_for};
+use support::{Run, has_python, puppet, wait_for};
 
 /// Runs a program on a terminal of its own, and types what comes as lines on a file: `c` for Ctrl-C and so on.
 const TERMINAL: &str = r#"
@@ -26,6 +26,9 @@ while True:
 
 #[test]
 fn a_key_is_one_signal() {
+    if !has_python() {
+        return;
+    }
     let scratch = tempfile::tempdir().unwrap();
     let keys = scratch.path().join("keys");
     std::fs::write(&keys, "").unwrap();

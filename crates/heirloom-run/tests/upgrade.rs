@@ -7,7 +7,7 @@ use std::thread::{JoinHandle, spawn};
 use heirloom::control::FailureCode;
 use heirloom::upgrade::{AskError, Upgrade, Upgraded, ask};
 use rustix::process::Signal;
-use support::{LONG, PUPPET, Run};
+use support::{LONG, PUPPET, Run, has_python};
 
 /// Asks for an upgrade in a thread of its own.
 fn begin(run: &Run, request: Upgrade) -> JoinHandle<Result<Upgraded, AskError>> {
@@ -43,6 +43,9 @@ fn upgraded(outcome: JoinHandle<Result<Upgraded, AskError>>) -> (Option<u32>, Op
 
 #[test]
 fn a_plain_command_is_stopped_and_its_new_version_gets_the_store() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut old) = Run::puppet(&["--listen", "127.0.0.1:0"]);
     old.tell("r, w = os.pipe(); os.write(w, b'kept'); put('pipe', r, w); barrier()");
     let outcome = begin(&run, to(&[PUPPET, "second"]));
@@ -71,6 +74,9 @@ fn a_plain_command_is_stopped_and_its_new_version_gets_the_store() {
 
 #[test]
 fn what_fails_is_undone_and_the_previous_command_has_the_store() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
     old.tell("put('f', os.memfd_create('x')); barrier()");
     // It ends at once.
@@ -103,6 +109,9 @@ fn what_fails_is_undone_and_the_previous_command_has_the_store() {
 
 #[test]
 fn one_that_knows_takeovers_is_taken_over_from() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut old) = Run::puppet(&["--listen", "127.0.0.1:0"]);
     old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); put('f', os.memfd_create('x')); barrier()");
     let outcome = begin(&run, to(&[PUPPET, "second"]));
@@ -127,6 +136,9 @@ fn one_that_knows_takeovers_is_taken_over_from() {
 
 #[test]
 fn a_takeover_that_fails_leaves_the_old_one_serving() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
     old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); barrier()");
     // It ends.
@@ -162,6 +174,9 @@ fn a_takeover_that_fails_leaves_the_old_one_serving() {
 
 #[test]
 fn an_old_one_that_lingers_is_stopped() {
+    if !has_python() {
+        return;
+    }
     let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s", "--stop-timeout", "300ms"]);
     old.tell("signal.signal(signal.SIGTERM, signal.SIG_IGN)");
     old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); barrier()");
@@ -174,6 +189,9 @@ fn an_old_one_that_lingers_is_stopped() {
 
 #[test]
 fn an_upgrade_that_makes_no_sense_is_refused() {
+    if !has_python() {
+        return;
+    }
     let (run, mut puppet) = Run::puppet(&[]);
     for request in [
         Upgrade { dry_run: true, ..Upgrade::default() },

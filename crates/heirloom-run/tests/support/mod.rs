@@ -36,6 +36,16 @@ pub(crate) fn skip(why: &str) {
     assert!(std::env::var_os("HEIRLOOM_REQUIRE_ALL").is_none(), "nothing may be skipped here: {why}");
 }
 
+/// Whether there can be puppets, which are Python programs; says loudly if not.
+#[track_caller]
+pub(crate) fn has_python() -> bool {
+    let found = Command::new("python3").args(["-c", ""]).output().is_ok_and(|output| output.status.success());
+    if !found {
+        skip("python3 is not installed (apt-get install python3)");
+    }
+    found
+}
+
 /// The program of puppets.
 pub(crate) const PUPPET: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/puppet.py");
 
