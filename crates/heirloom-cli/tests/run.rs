@@ -54,9 +54,12 @@ fn the_name_of_the_command_is_that_of_the_control_socket() {
     let mut command = heirloom();
     command.args(["run", "--", "sh", "-c", "exec sleep 1000"]).env("XDG_RUNTIME_DIR", &runtime);
     let mut process = Process::start(&mut command);
-    wait_for("the socket", || runtime.join("heirloom/run-sh.sock").exists());
-    let quit = heirloom().args(["quit", "--name", "run-sh"]).env("XDG_RUNTIME_DIR", &runtime).status();
-    assert!(quit.expect("it runs").success());
+    let ask = |what: &str| {
+        let asked = heirloom().args([what, "--name", "run-sh"]).env("XDG_RUNTIME_DIR", &runtime).output();
+        asked.expect("it runs").status.success()
+    };
+    wait_for("it answers", || ask("ping"));
+    assert!(ask("quit"));
     process.wait_for_code(143);
 }
 

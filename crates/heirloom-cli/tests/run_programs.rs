@@ -5,6 +5,7 @@ mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -148,9 +149,12 @@ fn systemd_socket_proxyd_gets_its_socket() {
     let door = scratch.path("door");
     let listen = door.to_str().expect("UTF-8");
     let mut run = run(&scratch.path("run.sock"), &["--listen", listen], &[PROXY, &address]);
-    wait_for("the socket", || door.exists() || !run.is_running());
-    let mut client = std::os::unix::net::UnixStream::connect(&door)
-        .unwrap_or_else(|error| panic!("{error}; stderr:\n{}", run.stderr()));
+    let mut client = None;
+    wait_for("a connection", || {
+        client = UnixStream::connect(&door).ok();
+        client.is_some() || !run.is_running()
+    });
+    let mut client = client.unwrap_or_else(|| panic!("it has ended; stderr:\n{}", run.stderr()));
     let (mut server, _) = backend.accept().expect("the proxy connects");
     client.write_all(b"through the proxy").expect("send");
     let mut bytes = [0; 17];

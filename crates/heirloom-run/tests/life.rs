@@ -46,7 +46,7 @@ fn what_cannot_be_run_has_codes_of_its_own() {
     assert_eq!(Run::start(&["--listen", "192.0.2.1:80"], &["true"]).code(), 125);
     assert_eq!(Run::start(&["--restart", "sometimes"], &["true"]).code(), 2);
     let run = Run::start(&[], &shell("exec sleep 1000"));
-    wait_for("it serves", || run.control().exists());
+    run.wait_until_it_listens();
     let mut second = Command::new(env!("CARGO_BIN_EXE_heirloom-run"));
     let second = second.arg("--control").arg(run.control()).args(["--", "true"]).output().unwrap();
     assert_eq!(second.status.code(), Some(125));
@@ -214,7 +214,7 @@ fn systemd_notify_is_heard_though_it_ends_at_once() {
     }
     let script = "systemd-notify --ready --status='from a shell'; exec sleep 1000";
     let run = Run::start(&[], &shell(script));
-    wait_for("it serves", || run.control().exists());
+    run.wait_until_it_listens();
     wait_for("the message", || run.status().supervised.unwrap().text == "from a shell");
     wait_for("readiness", || state(&run) == "ready");
     assert_eq!(run.counter("strangers"), 0);

@@ -119,6 +119,12 @@ impl Run {
         self.directory.path().join("control")
     }
 
+    /// Waits until it listens at its control socket, which is there a little earlier.
+    #[track_caller]
+    pub(crate) fn wait_until_it_listens(&self) {
+        wait_for("it to listen", || Client::connect(self.control()).is_ok());
+    }
+
     /// What it has logged.
     pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().clone()
