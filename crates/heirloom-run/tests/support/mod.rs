@@ -196,9 +196,25 @@ impl Run {
         heirloom::upgrade::ask(&self.control(), request, LONG)
     }
 
-    /// How many descriptors it has open.
+    /// How many descriptors it has open when it has nothing to do: what it is about to close does not count.
+    #[track_caller]
     pub(crate) fn descriptors(&self) -> usize {
+        let mut count = None;
+        wait_for("it to have nothing to do", || {
+            count = self.is_asleep().then(|| self.count_descriptors()).filter(|_| self.is_asleep());
+            count.is_some()
+        });
+        count.expect("waited for")
+    }
+
+    fn count_descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("it runs").count()
+    }
+
+    fn is_asleep(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
+        // After the name, which is in brackets.
+        stat.rsplit(") ").next().is_some_and(|state| state.starts_with('S'))
     }
 
     /// Waits until it has so many descriptors open.
@@ -207,7 +223,7 @@ impl Run {
         let mut now = 0;
         let give_up = Instant::now() + LONG;
         while now != count {
-            now = self.descriptors();
+            now = self.count_descriptors();
             assert!(
                 Instant::now() < give_up,
                 "{now} descriptors instead of {count}; the log: {}",
