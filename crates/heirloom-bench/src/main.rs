@@ -1,4 +1,4 @@
-//! What a takeover costs. Each figure stands beside its floor, a minimal loop of the same system calls, measured in turn
+//! What a takeover costs, and a store. Each figure stands beside its floor, a minimal loop of the same system calls, measured in turn
 //! with it in the same run: quote the ratio, since absolute times drift from machine to machine.
 #![forbid(unsafe_code)]
 
@@ -31,9 +31,10 @@ without, blocking and unchecked. A connect to a path; one end of a SEQPACKET pai
 passed and read; the listener and the connections passed, 252 a packet, and registered with an epoll; one packet for
 each that the library sends; the lock released and taken. Library and floor take over in turn, in the same run. The
 start of a process is not part of any figure, nor is its end: one that was replaced lives on for 50 ms. The clients
-are a process of their own. Quote the ratio: absolute times drift with the machine and its load.";
+are a process of their own. The floor of the store is a process that receives each datagram, and keeps or closes what
+came with it. Quote the ratio: absolute times drift with the machine and its load.";
 
-/// Measures what takeovers cost, beside minimal loops of the same system calls.
+/// Measures what takeovers and the store cost, beside minimal loops of the same system calls.
 #[derive(Parser)]
 #[command(name = "heirloom-bench", version, about, after_help = FLOOR, args_conflicts_with_subcommands = true)]
 struct Cli {

@@ -25,7 +25,6 @@ pub(super) struct Beginning {
     state: PumpState,
     left: Left,
     store: Option<Store>,
-    handed_over: bool,
 }
 
 /// The descriptors that there are already.
@@ -68,7 +67,7 @@ impl Beginning {
                 "goes on where a process was that has left everything in the store"
             );
         }
-        Ok(Beginning { state, left, store, handed_over: false })
+        Ok(Beginning { state, left, store })
     }
 
     /// With what an incumbent has handed over. `in_place` says that stdin and stdout are the same as before.
@@ -104,7 +103,7 @@ impl Beginning {
             tracing::error!(%error, "serving without a store: a kill would end the connection");
             None
         });
-        Beginning { state, left, store, handed_over: true }
+        Beginning { state, left, store }
     }
 
     /// The pump, its items, and what keeps them.
@@ -113,7 +112,7 @@ impl Beginning {
         addresses: Vec<SocketAddr>,
         service: &str,
     ) -> Result<(Pump, Items, Option<Kept>), Failure> {
-        let Beginning { mut state, mut left, store, handed_over } = self;
+        let Beginning { mut state, mut left, store } = self;
         let input = match left.stdin.take() {
             Some(stdin) => Input::new(stdin),
             None => Input::stdin(),
@@ -143,7 +142,7 @@ impl Beginning {
         let mut items = Items::new(left.ids, left.next_id);
         let kept = store.map(|store| {
             let ledger = left.ledger_id.unwrap_or_else(|| items.give_out());
-            let mut kept = Kept::new(store, ledger, service.to_owned(), handed_over);
+            let mut kept = Kept::new(store, ledger, service.to_owned());
             kept.remove(stale);
             kept
         });

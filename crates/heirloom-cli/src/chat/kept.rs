@@ -80,15 +80,14 @@ impl Saved {
 }
 
 impl Kept {
-    /// Goes on with a store. `ledger` is the id of its ledger among the items; `handed_over` says that this process was not
-    /// started by the supervisor, or not as this program.
-    pub(super) fn new(store: Store, ledger: ItemId, service: String, handed_over: bool) -> Self {
-        let interval = if handed_over { interval_of_service() } else { watchdog_interval() };
-        let watchdog = interval.map(|interval| Watchdog { every: interval / 2, next: Instant::now() });
+    /// Goes on with a store. `ledger` is the id of its ledger among the items.
+    pub(super) fn new(store: Store, ledger: ItemId, service: String) -> Self {
+        let watchdog =
+            watchdog_interval().map(|interval| Watchdog { every: interval / 2, next: Instant::now() });
         Kept { store, ledger, saved: PumpState::default(), service, unkept: Vec::new(), watchdog }
     }
 
-    /// Says that the service is there, and which process it is.
+    /// Says that the service is there; of one that was `handed_over` also which process it is.
     pub(super) fn ready(&mut self, handed_over: bool) {
         let message = Message::new().ready();
         self.store.notify(if handed_over { message.main_pid(std::process::id()) } else { message });
@@ -219,12 +218,6 @@ pub(super) fn name_successor(pid: u32) {
     if let Err(error) = told {
         tracing::warn!(%error, "the supervisor is not told of the successor");
     }
-}
-
-/// The watchdog's interval of a service whose process has changed: the supervisor's WATCHDOG_PID is of the one before.
-fn interval_of_service() -> Option<Duration> {
-    let interval = std::env::var("WATCHDOG_USEC").ok()?.parse().ok()?;
-    (interval > 0).then(|| Duration::from_micros(interval))
 }
 
 fn counted(connection: BorrowedFd<'_>) -> Option<(u64, u64)> {
