@@ -58,7 +58,7 @@ unable() {
 }
 
 enter() {
-    nsenter --target "$systemd" --all --wd=/ env -i HOME=/root TERM="${TERM:-dumb}" LANG=C.UTF-8 SYSTEMD_PAGER=cat \
+    nsenter --target "$systemd" --all --root --wd env -i HOME=/root TERM="${TERM:-dumb}" LANG=C.UTF-8 SYSTEMD_PAGER=cat \
         SYSTEMD_COLORS=0 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
 }
 
