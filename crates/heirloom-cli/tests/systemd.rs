@@ -157,3 +157,60 @@ fn a_chat_client_keeps_its_connection() {
     }
     stream.ends_exact_on(0, written, || std::fs::read(&file).expect("it is there"));
 }
+
+/// systemd listens; the server comes with the first client, and goes and comes again.
+#[test]
+fn a_socket_of_systemds() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&["heirloom-chat-server.socket", SERVER]);
+    systemd.ctl(&["start", "heirloom-chat-server.socket"]);
+    assert_eq!(systemd.property(SERVER, "ActiveState"), "inactive");
+    let mut guest = Guest::join(systemd.address);
+    let control = control(&systemd, SERVER);
+    for event in [Event::Kill, Event::Reload, Event::Restart] {
+        let before = status(&control);
+        event.happen(&systemd, SERVER);
+        if event == Event::Kill {
+            wait_for("the next process", || try_status(&control).is_some_and(|now| now.pid != before.pid));
+        }
+        systemd.wait_until_settled(SERVER, &control);
+        let mut other = Guest::join(systemd.address);
+        guest.hears(&[&format!("<announce> 127.0.0.1 is connected as <{}>.", other.name)]);
+        guest.say("still here\n");
+        other.hears(&[&format!("<{}> still here", guest.name)]);
+        let name = other.name.clone();
+        drop(other);
+        guest.hears(&[&format!("<announce> <{name}> is disconnected.")]);
+        // It stores the socket like its own.
+        wait_for("the store to be right", || systemd.stored(SERVER) == 1 + OWN);
+    }
+    // A stop is the end of all that is stored, and the socket is systemd's.
+    systemd.ctl(&["stop", SERVER]);
+    assert_eq!(guest.try_line().unwrap_or(None), None, "disconnected");
+    assert_eq!(systemd.stored(SERVER), 0);
+    Guest::join(systemd.address);
+    systemd.wait_until_settled(SERVER, &control);
+}
+
+/// A new program that is none leaves everything as it is, and systemctl says so.
+#[test]
+fn a_reload_that_fails_changes_nothing() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    let reload = "/usr/local/bin/heirloom upgrade --control %t/%N/control.sock --program /bin/false";
+    systemd.drop_in(SERVER, &format!("[Service]\nExecReload=\nExecReload={reload}\n"));
+    systemd.ctl(&["start", SERVER]);
+    let control = control(&systemd, SERVER);
+    let mut guests = [Guest::join(systemd.address), Guest::join(systemd.address)];
+    guests[0].line();
+    let before = status(&control);
+    let failed = systemd.output(&["systemctl", "reload", SERVER]);
+    assert!(!failed.status.success(), "{failed:?}");
+    systemd.wait_until_settled(SERVER, &control);
+    let after = status(&control);
+    assert_eq!((after.pid, after.generation), (before.pid, before.generation));
+    guests[0].say("still here\n");
+    guests[1].hears(&[&format!("<{}> still here", guests[0].name)]);
+    let journal = systemd.journal(SERVER);
+    assert!(journal.contains("Reload failed") && journal.contains("no upgrade"), "{journal}");
+}

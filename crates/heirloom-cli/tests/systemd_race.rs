@@ -92,8 +92,10 @@ impl<'s> Race<'s> {
     /// Reloads the unit, and has the process be killed that comes by this point.
     fn run(&self, point: Point) {
         let report = format!("{}/{}", self.directory, point.name());
-        let variables =
-            [format!("HEIRLOOM_CRASH_POINT={}:kill", point.name()), format!("HEIRLOOM_CRASH_REPORT={report}")];
+        let variables = [
+            format!("HEIRLOOM_CRASH_POINT={}:kill", point.name()),
+            format!("HEIRLOOM_CRASH_REPORT={report}"),
+        ];
         self.systemd.ctl(&["set-environment", &variables[0], &variables[1]]);
         // What is started anew has these variables, and the connections.
         self.systemd.ctl(&["restart", self.unit]);
