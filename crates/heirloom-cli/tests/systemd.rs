@@ -213,5 +213,9 @@ fn a_reload_that_fails_changes_nothing() {
     guests[0].say("still here\n");
     guests[1].hears(&[&format!("<{}> still here", guests[0].name)]);
     let journal = systemd.journal(SERVER);
-    assert!(journal.contains("Reload failed") && journal.contains("cannot take over, and the incumbent serves on"), "{journal}");
+    assert!(
+        journal.contains("Reload failed")
+            && journal.contains("cannot take over, and the incumbent serves on"),
+        "{journal}"
+    );
 }

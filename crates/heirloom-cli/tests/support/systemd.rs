@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
-use super::{Process, Scratch, have, skip, status, try_status, wait_for};
+use super::{LONG, Process, Scratch, have, skip, status, try_status, wait_for};
 
 /// Where the units listen as they are.
 const AS_SHIPPED: &str = "127.0.0.1:31337";
@@ -182,12 +183,15 @@ impl Systemd {
 
 impl Drop for Systemd {
     fn drop(&mut self) {
-        drop(self.script.stdin.take());
         if std::thread::panicking() {
             let journal = self.output(&["journalctl", "--no-pager", "-n", "200"]);
             eprintln!("{}", String::from_utf8_lossy(&journal.stdout));
-        } else {
-            self.script.wait_for_exit();
+        }
+        // It takes everything down; killed, it could not.
+        drop(self.script.stdin.take());
+        let give_up = Instant::now() + LONG;
+        while self.script.is_running() && Instant::now() < give_up {
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 }
