@@ -5,7 +5,7 @@ mod support;
 use std::os::unix::fs::symlink;
 
 use support::guests::*;
-use support::systemd::Systemd;
+use support::systemd::{Systemd, repository};
 use support::*;
 
 const PAGE: &str = include_str!("../../../docs/operating.md");
@@ -18,7 +18,7 @@ fn blocks() -> Vec<&'static str> {
 
 #[test]
 fn as_the_page_says() {
-    let Some(systemd) = Systemd::boot() else { return };
+    let Some(systemd) = Systemd::boot_with_network() else { return };
     // A checkout in which the program has been built.
     let checkout = systemd.path("/root/checkout");
     std::fs::create_dir_all(checkout.join("target/release")).expect("mkdir");
@@ -28,7 +28,8 @@ fn as_the_page_says() {
     for unit in std::fs::read_dir(repository("units")).expect("units") {
         let unit = unit.expect("a unit").path();
         if unit.is_file() {
-            std::fs::copy(&unit, checkout.join("units").join(unit.file_name().expect("a name"))).expect("a copy");
+            std::fs::copy(&unit, checkout.join("units").join(unit.file_name().expect("a name")))
+                .expect("a copy");
         }
     }
     let do_as_told = |block: &str| {

@@ -1,10 +1,13 @@
 //! A real systemd, as PID 1 of namespaces of its own (`scripts/systemd-box.sh`), with this project's units and program in it.
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{LONG, Process, Scratch, have, skip, status, try_status, wait_for};
 
@@ -27,6 +30,19 @@ pub(crate) struct Systemd {
 impl Systemd {
     /// Boots one. `None`, said loudly, where that cannot be.
     pub(crate) fn boot() -> Option<Systemd> {
+        Systemd::boot_with(&[])
+    }
+
+    /// Boots one with a network of its own, which this thread enters.
+    pub(crate) fn boot_with_network() -> Option<Systemd> {
+        let systemd = Systemd::boot_with(&["--private-network"])?;
+        let network = std::fs::File::open(format!("/proc/{}/ns/net", systemd.pid)).expect("it has one");
+        let kind = Some(LinkNameSpaceType::Network);
+        move_into_link_name_space(network.as_fd(), kind).expect("we are root");
+        Some(systemd)
+    }
+
+    fn boot_with(options: &[&str]) -> Option<Systemd> {
         if !have("unshare") || !Path::new("/lib/systemd/systemd").exists() {
             skip("no systemd is installed");
             return None;
@@ -40,7 +56,7 @@ impl Systemd {
             .expect("the program");
         let pid_file = share.path("pid");
         let mut command = Command::new(repository("scripts/systemd-box.sh"));
-        command.arg("--share").arg(share.path("")).arg("--pid-file").arg(&pid_file).arg("cat");
+        command.args(options).arg("--share").arg(share.path("")).arg("--pid-file").arg(&pid_file).arg("cat");
         let mut script = Process::start(&mut command);
         wait_for("systemd to boot", || pid_file.exists() || !script.is_running());
         if !pid_file.exists() {
@@ -197,7 +213,7 @@ impl Drop for Systemd {
 }
 
 /// A file of the repository.
-fn repository(path: &str) -> PathBuf {
+pub(crate) fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
 }
 
