@@ -2,48 +2,13 @@
 
 mod support;
 
-use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
 
 use rustix::process::Signal;
 use support::generations::listen;
+use support::told::Supervisor;
 use support::*;
-
-/// Everything that a supervisor is told.
-struct Supervisor {
-    messages: Arc<Mutex<Vec<String>>>,
-}
-
-impl Supervisor {
-    fn at(path: &Path) -> Supervisor {
-        let socket = UnixDatagram::bind(path).expect("bind");
-        let messages = Arc::<Mutex<Vec<String>>>::default();
-        let told = messages.clone();
-        std::thread::spawn(move || {
-            let mut buffer = [0; 1000];
-            // Without room for descriptors: those that come along are closed.
-            while let Ok(count) = socket.recv(&mut buffer) {
-                let message = String::from_utf8_lossy(&buffer[..count]).into_owned();
-                told.lock().expect("no panic").push(message);
-            }
-        });
-        Supervisor { messages }
-    }
-
-    fn count(&self, message: &str) -> usize {
-        self.messages.lock().expect("no panic").iter().filter(|told| *told == message).count()
-    }
-
-    #[track_caller]
-    fn wait_for(&self, message: &str, count: usize) {
-        let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            wait_for(message, || self.count(message) >= count);
-        }));
-        assert!(waited.is_ok(), "no {message:?} among {:?}", self.messages.lock());
-    }
-}
 
 fn supervised(address: &str, control: &Path, notify: &Path) -> Command {
     let mut chat = chat(address, control, &[]);

@@ -17,7 +17,7 @@ use heirloom::{
 use rustix::event::{PollFd, PollFlags};
 
 use super::items::{Items, Travels};
-use super::kept::{self, Kept};
+use super::kept::Kept;
 use super::older::{ChatRequest, FLUSH_WITHIN, Older};
 use super::pump::{Pump, PumpError};
 use crate::exit::Exit;
@@ -312,8 +312,8 @@ impl Client {
         match notice {
             Notice::Thawed(Ok(Outcome::Taken(by))) => {
                 tracing::info!("replaced by {by}");
-                if let (Some(_), Some(pid)) = (self.kept.take(), by.pid) {
-                    kept::name_successor(pid);
+                if let Some(kept) = self.kept.take() {
+                    kept.hand_over(&by);
                 }
                 return Ok(Next::End);
             }
@@ -446,8 +446,11 @@ impl Client {
 /// Lets a program of protocol 0 in, if there is nothing else going on.
 fn older_asks(mut asked: Asked<'_, ChatRequest>, busy: bool) -> Option<Older> {
     let ChatRequest::RequestFds = asked.request()?;
-    if busy {
-        asked.refuse(BUSY);
+    let why =
+        if busy { Some(BUSY.to_owned()) } else { asked.check_unit().err().map(|failure| failure.message) };
+    if let Some(why) = why {
+        tracing::warn!(reason = why, "a program of protocol 0 is refused");
+        asked.refuse(&why);
         return None;
     }
     tracing::info!("a program of protocol 0 asks for the connection");

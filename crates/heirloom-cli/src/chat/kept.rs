@@ -13,13 +13,16 @@ use std::time::{Duration, Instant};
 
 use heirloom::notify::{Message, Notifier, watchdog_interval};
 use heirloom::store::{LEDGER_NAME, Store, StoreError};
-use heirloom::{Bundle, BundleError, Cbor, Codec, Entry, ItemId, Kind};
+use heirloom::{Bundle, BundleError, Cbor, Codec, Entry, ItemId, Kind, TakenBy};
 use heirloom_sys::tcp_counters;
 use serde::{Deserialize, Serialize};
 
 use super::items::{Items, Part, Travels};
 use super::pump::{Pump, PumpState};
 use super::reconnect::Reconnect;
+
+/// How long the supervisor may take to read the last that it is told.
+const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 
 /// The store, and what is in it of the client's.
 pub(super) struct Kept {
@@ -29,6 +32,8 @@ pub(super) struct Kept {
     saved: PumpState,
     /// Whose state it is: that of a service at another address is of no use.
     service: String,
+    /// What there was already, and the store does not hold: an incumbent without one had it.
+    unput: Vec<(Part, ItemId)>,
     /// What could not be put. It is served all the same, and lost with the process.
     unkept: Vec<ItemId>,
     watchdog: Option<Watchdog>,
@@ -80,11 +85,14 @@ impl Saved {
 }
 
 impl Kept {
-    /// Goes on with a store. `ledger` is the id of its ledger among the items.
-    pub(super) fn new(store: Store, ledger: ItemId, service: String) -> Self {
+    /// Goes on with a store. `ledger` is the id of its ledger among the items; `left` is what another process has left, which may
+    /// have had no store.
+    pub(super) fn new(store: Store, ledger: ItemId, service: String, mut left: Vec<(Part, ItemId)>) -> Self {
+        left.retain(|(_, id)| !store.holds(*id));
         let watchdog =
             watchdog_interval().map(|interval| Watchdog { every: interval / 2, next: Instant::now() });
-        Kept { store, ledger, saved: PumpState::default(), service, unkept: Vec::new(), watchdog }
+        let (saved, unkept) = (PumpState::default(), Vec::new());
+        Kept { store, ledger, saved, service, unput: left, unkept, watchdog }
     }
 
     /// Says that the service is there; of one that was `handed_over` also which process it is.
@@ -119,7 +127,7 @@ impl Kept {
     ) {
         self.save(pump);
         self.remove(ended);
-        for &(part, id) in new {
+        for &(part, id) in std::mem::take(&mut self.unput).iter().chain(new) {
             if let Some(descriptor) = items.descriptor(pump, id) {
                 let put = self.store.put(part.entry(id), descriptor);
                 self.unkept.extend(put.is_err().then_some(id));
@@ -203,20 +211,26 @@ impl Kept {
         self.remove(items.that_travel(Travels::Never));
     }
 
+    /// Another process serves. The supervisor is told which, as the last thing; of one that is not its own it is told nothing.
+    pub(super) fn hand_over(self, by: &TakenBy) {
+        if by.outsider {
+            return self.store.abandon(LEAVE_WITHIN);
+        }
+        // Past what the store has not sent: nothing else is this process's business any more.
+        let supervisor = Notifier::from_environment();
+        let message = by.pid.map(|pid| Message::new().main_pid(pid));
+        let told =
+            supervisor.and_then(|it| it.zip(message).map(|(it, message)| it.send(&message)).transpose());
+        if let Err(error) = told {
+            tracing::warn!(%error, "the supervisor is not told of the successor");
+        }
+    }
+
     /// Removes everything: a program that knows no store goes on with the connection.
     pub(super) fn forget(mut self, items: &Items) {
         self.set(&Saved::default());
         let all = [Travels::Early, Travels::Late, Travels::Never];
         self.remove(all.into_iter().flat_map(|travels| items.that_travel(travels)));
-    }
-}
-
-/// Tells the supervisor, as the last thing, which process serves from now on. Nothing else is its business any more.
-pub(super) fn name_successor(pid: u32) {
-    let told = Notifier::from_environment()
-        .and_then(|supervisor| supervisor.map(|it| it.send(&Message::new().main_pid(pid))).transpose());
-    if let Err(error) = told {
-        tracing::warn!(%error, "the supervisor is not told of the successor");
     }
 }
 

@@ -21,6 +21,7 @@ pub(super) fn run(rogue: &Rogue) {
         schema: VersionRange::new(1, 1),
         room: 1_000_000,
         generation: None,
+        force: false,
     };
     client.send(&Request::<NoRequests>::Takeover(hello)).expect("send");
     let (line, mut descriptors) = client.receive().expect("an answer");

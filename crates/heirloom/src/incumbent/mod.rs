@@ -388,6 +388,7 @@ impl<A> Incumbent<A> {
                 program: takeover.hello.program,
                 version: takeover.hello.version,
                 items: takeover.items,
+                outsider: takeover.outsider,
             }),
             IncumbentOutcome::Resumed(reason) => Outcome::Resumed(reason),
             IncumbentOutcome::Superseded(reason) => Outcome::Superseded(reason),

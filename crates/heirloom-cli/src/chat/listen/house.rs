@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use heirloom::manifest::Base;
 use heirloom::store::{Activated, LEDGER_NAME, Restored, Store, restore};
-use heirloom::{Bundle, Cbor, Codec, CodecError, Incumbent, ItemId, Kind};
+use heirloom::{Bundle, Cbor, Codec, CodecError, Incumbent, ItemId, Kind, TakenBy};
 use mio::{Poll, Registry, Token};
 use serde::{Deserialize, Serialize};
 
@@ -209,8 +209,8 @@ impl House {
     }
 
     /// Another process serves.
-    pub(super) fn replaced(&mut self, by: Option<u32>) {
-        if let Some(keeper) = &mut self.keeper {
+    pub(super) fn replaced(&mut self, by: &TakenBy) {
+        if let Some(keeper) = self.keeper.take() {
             keeper.replaced(by);
         }
     }

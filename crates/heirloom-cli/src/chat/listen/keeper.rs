@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use heirloom::notify::{Message, watchdog_interval};
 use heirloom::store::{LEDGER_NAME, Store};
-use heirloom::{CodecError, Entry, ItemId, Kind};
+use heirloom::{CodecError, Entry, ItemId, Kind, TakenBy};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
@@ -22,6 +22,9 @@ use super::switchboard::Switchboard;
 
 /// How often the supervisor is told of how many there are, at most.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
+
+/// How long the supervisor may take to read the last that it is told.
+const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 
 /// The way to a supervisor with a store.
 #[derive(Debug)]
@@ -93,10 +96,14 @@ impl Keeper {
         self.store.notify(Message::new().ready().main_pid(std::process::id()));
     }
 
-    /// Tells the supervisor that another process serves.
-    pub(super) fn replaced(&mut self, by: Option<u32>) {
-        if let Some(pid) = by {
+    /// Another process serves. The supervisor is told which; of one that is not its own it is told nothing.
+    pub(super) fn replaced(mut self, by: &TakenBy) {
+        if by.outsider {
+            return self.store.abandon(LEAVE_WITHIN);
+        }
+        if let Some(pid) = by.pid {
             self.store.notify(Message::new().main_pid(pid));
+            self.store.settle(LEAVE_WITHIN);
         }
     }
 

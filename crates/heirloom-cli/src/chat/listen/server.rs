@@ -295,7 +295,7 @@ impl Server {
     fn thaw(&mut self, outcome: Result<Outcome, HandoverError>) -> Result<Next, Failure> {
         match outcome {
             Ok(Outcome::Taken(by)) => {
-                self.house.replaced(by.pid);
+                self.house.replaced(&by);
                 tracing::info!("replaced by {by}");
                 return Ok(Next::Replaced);
             }
