@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 
 use heirloom::notify::{Message, Notifier, watchdog_interval};
 use heirloom::store::{LEDGER_NAME, Store, StoreError};
-use heirloom::{Bundle, BundleError, Cbor, Codec, Entry, ItemId, Kind, TakenBy};
+use heirloom::{Bundle, BundleError, Cbor, Codec, Entry, Incumbent, ItemId, Kind, TakenBy};
 use heirloom_sys::tcp_counters;
 use serde::{Deserialize, Serialize};
 
 use super::items::{Items, Part, Travels};
 use super::pump::{Pump, PumpState};
 use super::reconnect::Reconnect;
+use super::reloads::Reloads;
 
 /// How long the supervisor may take to read the last that it is told.
 const LEAVE_WITHIN: Duration = Duration::from_secs(1);
@@ -37,6 +38,8 @@ pub(super) struct Kept {
     /// What could not be put. It is served all the same, and lost with the process.
     unkept: Vec<ItemId>,
     watchdog: Option<Watchdog>,
+    reloads: Reloads,
+    status: &'static str,
 }
 
 /// When the supervisor is to hear of us.
@@ -92,7 +95,8 @@ impl Kept {
         let watchdog =
             watchdog_interval().map(|interval| Watchdog { every: interval / 2, next: Instant::now() });
         let (saved, unkept) = (PumpState::default(), Vec::new());
-        Kept { store, ledger, saved, service, unput: left, unkept, watchdog }
+        let (reloads, status) = (Reloads::default(), "");
+        Kept { store, ledger, saved, service, unput: left, unkept, watchdog, reloads, status }
     }
 
     /// Says that the service is there; of one that was `handed_over` also which process it is.
@@ -105,8 +109,16 @@ impl Kept {
         self.store.notify(Message::new().stopping());
     }
 
-    pub(super) fn status(&mut self, status: &str) {
-        self.store.notify(Message::new().status(status));
+    pub(super) fn status(&mut self, status: &'static str) {
+        self.status = status;
+        self.store.notify(Message::new().status(&self.reloads.status(status)));
+    }
+
+    /// Tells of takeovers what is to be told.
+    pub(super) fn tell<A>(&mut self, incumbent: &Incumbent<A>) {
+        for message in self.reloads.turn(incumbent) {
+            self.store.notify(message.status(&self.reloads.status(self.status)));
+        }
     }
 
     /// Removes what nobody has any more.
@@ -203,12 +215,20 @@ impl Kept {
         (entry, self.store.ledger())
     }
 
+    /// Whether somebody keeps what is left.
+    pub(super) fn is_left(&self) -> bool {
+        self.store.has_supervisor()
+    }
+
     /// Ends in order: the next process has a stdin and a stdout of its own, and tries anew to connect.
     pub(super) fn leave(mut self, pump: &Pump, items: &Items) {
         let mut state = pump.state();
         state.reconnect = Reconnect::default();
         self.set(&self.saved_of(pump, state));
         self.remove(items.that_travel(Travels::Never));
+        if !self.store.settle(LEAVE_WITHIN) {
+            tracing::error!("the supervisor does not read what it is told: the connection may end");
+        }
     }
 
     /// Another process serves. The supervisor is told which, as the last thing; of one that is not its own it is told nothing.
@@ -226,11 +246,12 @@ impl Kept {
         }
     }
 
-    /// Removes everything: a program that knows no store goes on with the connection.
-    pub(super) fn forget(mut self, items: &Items) {
+    /// Ends for good, or lets a program go on that knows no store: nothing is left.
+    pub(super) fn end(mut self, items: &Items) {
         self.set(&Saved::default());
         let all = [Travels::Early, Travels::Late, Travels::Never];
         self.remove(all.into_iter().flat_map(|travels| items.that_travel(travels)));
+        self.store.settle(LEAVE_WITHIN);
     }
 }
 

@@ -18,6 +18,7 @@ mod older;
 mod pump;
 mod queue;
 mod reconnect;
+mod reloads;
 mod stdio;
 
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -98,7 +99,8 @@ killed, too: the next one goes on with every client, and no line is lost. It use
         (
             "SIGTERM, SIGINT, SIGHUP",
             "The chat takes in nothing more, writes and sends what it has for at most a second, and ends with status 0. A \
-             second signal ends it at once.",
+             second signal ends it at once. Under a supervisor that keeps descriptors what is left then is the next one's; a server \
+             ends at once there, and no connection does. heirloom-quit(1) is for good.",
         ),
         (
             "SIGUSR2",

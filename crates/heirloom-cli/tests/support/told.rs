@@ -37,12 +37,16 @@ impl Supervisor {
         self.messages.lock().expect("no panic").concat()
     }
 
+    fn but_for_the_watchdog(&self) -> String {
+        self.all().replace("WATCHDOG=1\n", "")
+    }
+
     #[track_caller]
     pub(crate) fn wait_for(&self, message: &str, count: usize) {
         let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             wait_for(message, || self.count(message) >= count);
         }));
-        assert!(waited.is_ok(), "no {message:?} among {:?}", self.messages.lock());
+        assert!(waited.is_ok(), "no {message:?} in\n{}", self.but_for_the_watchdog());
     }
 
     /// Waits until it was told something with this in it.
@@ -51,6 +55,6 @@ impl Supervisor {
         let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             wait_for(part, || self.all().contains(part));
         }));
-        assert!(waited.is_ok(), "no {part:?} among {:?}", self.messages.lock());
+        assert!(waited.is_ok(), "no {part:?} in\n{}", self.but_for_the_watchdog());
     }
 }

@@ -435,6 +435,11 @@ impl<A> Incumbent<A> {
         self.takeover.is_some() || self.upgrade.is_some()
     }
 
+    /// Whether another program may soon serve in the place of this one: a takeover or an upgrade is going on that is no dry run.
+    pub fn is_being_replaced(&self) -> bool {
+        self.takeover.is_some() || self.upgrade.as_ref().is_some_and(|running| !running.is_dry_run())
+    }
+
     /// Sets a counter, such as `bytes_in`: shown by status, and handed over, so that it never goes back.
     pub fn set_counter(&mut self, name: &str, value: u64) {
         match self.record.counters.get_mut(name) {

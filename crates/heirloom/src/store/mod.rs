@@ -315,6 +315,12 @@ impl Store {
         self.held.contains(&id) || self.notifier.is_none()
     }
 
+    /// Whether there is still a supervisor that keeps what is put.
+    #[must_use]
+    pub fn has_supervisor(&self) -> bool {
+        self.notifier.is_some()
+    }
+
     /// Tells the supervisor something, after all that was put before.
     pub fn notify(&mut self, message: Message) {
         self.send(message, None, None);

@@ -224,6 +224,28 @@ impl House {
         }
     }
 
+    /// Whether a store has everything, so that the next process can go on with it.
+    pub(super) fn is_kept(&self) -> bool {
+        self.switchboard.journal().is_some() && self.keeper.as_ref().is_some_and(Keeper::is_left)
+    }
+
+    /// Leaves everything to the next process, as a kill would: no connection is ended.
+    pub(super) fn leave(&mut self) {
+        let (clients, unsent) = (self.clients(), self.switchboard.unsent());
+        tracing::info!(clients, unsent, "stopping; everything is left in the store");
+        if let Some(keeper) = &mut self.keeper {
+            keeper.leave();
+        }
+    }
+
+    /// Tells the supervisor of takeovers what is to be told.
+    pub(super) fn tell<A>(&mut self, incumbent: &Incumbent<A>) {
+        let clients = self.clients();
+        if let Some(keeper) = &mut self.keeper {
+            keeper.tell(incumbent, clients);
+        }
+    }
+
     /// Ends every connection, for good.
     pub(super) fn end(&mut self) {
         self.switchboard.end();
