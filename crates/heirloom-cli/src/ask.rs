@@ -54,8 +54,8 @@ went. It is answered during a takeover, too. Without an option, the chat with th
 /// What `--help` and the man page say of `heirloom quit` beyond its options.
 pub(crate) const QUIT_PAGE: Page = Page {
     description: "\
-Asks the process at a control socket to end, as SIGTERM does, and waits until it has ended, for 10 seconds at most. \
-Without an option, the chat with the default address is asked.",
+Asks the process at a control socket to end, as SIGTERM does, and waits until it has ended, for 10 seconds at most. It is the end \
+for good: nothing is left to a supervisor that keeps descriptors. Without an option, the chat with the default address is asked.",
     examples: &[("heirloom quit --control /run/mine/chat.sock", "Ends the process at this control socket.")],
     see_also: &["heirloom-chat(1)"],
     ..PAGE

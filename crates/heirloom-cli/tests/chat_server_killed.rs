@@ -1,5 +1,5 @@
-//! A chat server that is killed over and over while everybody talks, and some come and go: under `heirloom run` nobody's
-//! connection ends, and nobody's line is lost, repeated, in disorder or torn, for anybody.
+//! A chat server that is killed over and over, or told to stop, while everybody talks, and some come and go: under `heirloom run`
+//! nobody's connection ends, and nobody's line is lost, repeated, in disorder or torn, for anybody.
 
 mod support;
 
@@ -30,7 +30,29 @@ const BACKLOG: [&str; 2] = ["--backlog", "256M"];
 fn everybody_hears_everything() {
     let scratch = Scratch::new();
     let server = Supervised::start(&scratch, &BACKLOG);
-    hears_everything(server, kills(), |_, _| {});
+    let mut takeovers = Takeovers::default();
+    hears_everything(server, kills(), |server, round, random| kill(server, round, random, &mut takeovers));
+    println!(
+        "{} kills in takeovers, of which {} took place all the same, and {} of successors that had just taken over",
+        takeovers.killed_incumbents, takeovers.took_place, takeovers.killed_successors
+    );
+}
+
+/// As `systemctl restart` does: a signal, and the next process. It leaves everything to that.
+#[test]
+fn everybody_hears_everything_when_it_is_told_to_stop_and_started_again() {
+    let scratch = Scratch::new();
+    let server = Supervised::start_with(&scratch, &["--restart", "always"], &BACKLOG);
+    hears_everything(server, kills() / 2, |server, round, random| {
+        if round % 5 == 4 {
+            server.upgrade_in_place();
+        }
+        // The stimulus, not a wait.
+        std::thread::sleep(Duration::from_micros(random.below(5_000)));
+        let told = server.pid();
+        server.signal(told, if random.one_in(2) { Signal::TERM } else { Signal::INT });
+        told
+    });
 }
 
 /// `heirloom run` is PID 1 of a container, and is upgraded in between.
@@ -38,15 +60,21 @@ fn everybody_hears_everything() {
 fn everybody_hears_everything_in_a_pid_namespace_whose_first_process_is_run() {
     let scratch = Scratch::new();
     let Some(server) = Supervised::start_as_init(&scratch, &BACKLOG) else { return };
-    hears_everything(server, kills() / 3, |server, round| {
+    let mut takeovers = Takeovers::default();
+    hears_everything(server, kills() / 3, |server, round, random| {
         if round % 5 == 4 {
             server.upgrade_run();
         }
+        kill(server, round, random, &mut takeovers)
     });
 }
 
-/// Kills the server so often, and does something else before each kill.
-fn hears_everything(mut server: Supervised, kills: u64, before: impl Fn(&Supervised, u64)) {
+/// Ends the process that serves so often, in a way that says which it was.
+fn hears_everything(
+    mut server: Supervised,
+    rounds: u64,
+    mut end: impl FnMut(&mut Supervised, u64, &mut Random) -> u32,
+) {
     let address = server.address;
     let mut random = Random::seeded();
 
@@ -61,10 +89,8 @@ fn hears_everything(mut server: Supervised, kills: u64, before: impl Fn(&Supervi
     let talk = Talk::start(talkers, &names);
 
     let (mut visitors, mut not_let_in, mut times) = (Vec::new(), 0, Vec::new());
-    let mut takeovers = Takeovers::default();
-    for round in 0..kills {
+    for round in 0..rounds {
         talk.wait_for_progress();
-        before(&server, round);
         let mut bytes = numbered(UNHEARD + round).into_bytes().into_iter();
         bytes.by_ref().take(5).for_each(|byte| hesitant.say([byte]));
         let traffic = Traffic::start(address);
@@ -75,19 +101,8 @@ fn hears_everything(mut server: Supervised, kills: u64, before: impl Fn(&Supervi
             }
             (hesitant, bytes)
         });
-        let killed = match round % 4 {
-            0 => kill_in_takeover(&mut server, &mut random, &mut takeovers),
-            1 => {
-                server.upgrade_in_place();
-                server.kill()
-            }
-            _ => {
-                // Some of what everybody says arrives while nobody serves. The stimulus, not a wait.
-                std::thread::sleep(Duration::from_micros(random.below(5_000)));
-                server.kill()
-            }
-        };
-        times.push(server.wait_for_next(killed));
+        let ended = end(&mut server, round, &mut random);
+        times.push(server.wait_for_next(ended));
         let bytes;
         (hesitant, bytes) = hesitating.join().expect("the server reads");
         bytes.for_each(|byte| hesitant.say([byte]));
@@ -96,10 +111,10 @@ fn hears_everything(mut server: Supervised, kills: u64, before: impl Fn(&Supervi
         not_let_in += lost;
     }
     talk.wait_for_progress();
-    hesitant.say(last(UNHEARD + kills));
+    hesitant.say(last(UNHEARD + rounds));
 
     // How many lines each has said, and what each has heard.
-    let mut said = HashMap::from([(hesitant.name.clone(), UNHEARD + kills + 1)]);
+    let mut said = HashMap::from([(hesitant.name.clone(), UNHEARD + rounds + 1)]);
     let mut ears = HashMap::new();
     for talker in talk.finish() {
         said.insert(talker.guest.name.clone(), talker.said);
@@ -123,12 +138,8 @@ fn hears_everything(mut server: Supervised, kills: u64, before: impl Fn(&Supervi
     assert_eq!(counters["lines_in"], said.values().sum::<u64>(), "they are counted over all processes");
     times.sort();
     println!(
-        "{kills} kills: in {} takeovers, of which {} took place all the same, and {} of successors that had just taken over; {} \
-         lines were said, {heard} heard, none lost or repeated; {} came and left, {not_let_in} were not let in; until somebody \
-         serves: median {:?}, longest {:?}",
-        takeovers.killed_incumbents,
-        takeovers.took_place,
-        takeovers.killed_successors,
+        "{rounds} processes ended; {} lines were said, {heard} heard, none lost or repeated; {} came and left, {not_let_in} were not \
+         let in; until somebody serves: median {:?}, longest {:?}",
         said.values().sum::<u64>(),
         visitors.len(),
         times[times.len() / 2],
@@ -147,6 +158,22 @@ struct Takeovers {
     /// In spite of that.
     took_place: u64,
     killed_successors: u64,
+}
+
+/// Kills the process that serves, each time in another way.
+fn kill(server: &mut Supervised, round: u64, random: &mut Random, takeovers: &mut Takeovers) -> u32 {
+    match round % 4 {
+        0 => kill_in_takeover(server, random, takeovers),
+        1 => {
+            server.upgrade_in_place();
+            server.kill()
+        }
+        _ => {
+            // Some of what everybody says arrives while nobody serves. The stimulus, not a wait.
+            std::thread::sleep(Duration::from_micros(random.below(5_000)));
+            server.kill()
+        }
+    }
 }
 
 /// Begins a takeover, and kills the incumbent in the middle of it, or the successor soon after it. Returns whom.
@@ -198,18 +225,29 @@ fn a_socket_of_the_supervisors_is_used() {
 }
 
 #[test]
-fn a_stop_ends_everything_and_leaves_nothing_in_the_store() {
+fn a_quit_ends_everything_and_leaves_nothing_in_the_store() {
     let scratch = Scratch::new();
     let mut server = Supervised::start_with(&scratch, &["--restart", "always"], &[]);
     let mut guest = Guest::join(server.address);
-    let stopped = server.pid();
-    server.signal(stopped, Signal::TERM);
+    let ended = server.pid();
+    Process::start(heirloom().args(["quit", "--control"]).arg(&server.chat)).wait_for_code(0);
     assert_eq!(guest.try_line().expect("an orderly end"), None);
-    server.wait_for_next(stopped);
+    server.wait_for_next(ended);
     let names: Vec<String> = status(&server.chat).items.into_iter().map(|item| item.name).collect();
     assert_eq!(names, ["listener", "journal", "heirloom.ledger"]);
     assert!(!server.log().contains("going on where"), "{}", server.log());
     server.stop();
+}
+
+/// Where there is no next process, connections end with the store.
+#[test]
+fn a_stop_of_the_supervisor_ends_everything() {
+    let scratch = Scratch::new();
+    let server = Supervised::start(&scratch, &[]);
+    let mut guest = Guest::join(server.address);
+    let log = server.stop();
+    assert_eq!(guest.try_line().expect("an orderly end"), None);
+    assert!(log.contains("everything is left in the store"), "{log}");
 }
 
 /// Everything is handed over to one that has no store, and by that one to one that has: which begins a store anew.
@@ -262,6 +300,10 @@ fn the_supervisor_is_told() {
     let guest = Guest::join(address_of(&server));
     let joined = hear("STATUS=clients: 1");
     assert_eq!(joined.matches("FDSTORE=1").count(), 1, "{joined}");
+    let mut upgrade = heirloom();
+    upgrade.args(["upgrade", "--program", "/bin/false", "--control"]).arg(&control);
+    Process::start(&mut upgrade).wait_for_code(5);
+    hear(&format!("READY=1\nMAINPID={}\nSTATUS=clients: 1; upgrade rolled back: it ended", server.id()));
     let mut successor = Process::start(&mut command);
     hear(&format!("READY=1\nMAINPID={}\n", successor.id()));
     server.wait_for_code(0);

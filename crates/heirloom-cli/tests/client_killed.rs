@@ -315,6 +315,71 @@ fn replaced_with_bytes_in_the_pipes_and_killed() {
     assert!(!log.contains("closed an item"), "{log}");
 }
 
+/// As `systemctl restart` does. What is in the pipes is the next one's, whose stdin and stdout are the same here.
+#[test]
+fn told_to_stop_and_started_again() {
+    let restart = ["--restart", "always"];
+    let mut chat = Supervised::start_with(&restart, |_, chat| chat.to_vec(), Process::start);
+    let sender = Sender::start(chat.server(), at_least());
+    let typist = Sender::start(chat.run.stdin.take().expect("a pipe"), at_least() / 4);
+    let heard = read_all(chat.server());
+    for round in 0..kills() {
+        let told = chat.chat();
+        std::thread::sleep(LIFE * chat.random.below(1000) as u32 / 1000);
+        signal(told, if round % 2 == 0 { Signal::TERM } else { Signal::INT });
+        chat.killed = Some(told);
+    }
+    let (sent, typed) = (sender.finish(), typist.finish());
+    wait_for("everything on stdout", || chat.run.stdout_len() >= sent.len());
+    chat.wait_until_counted(sent.len(), typed.len());
+    assert_same(&chat.run.stdout(), &sent);
+    print("told to stop", kills(), &sent, &typed);
+    chat.stop();
+    assert_same(&heard.join().expect("no panic"), &typed);
+}
+
+/// Neither stdout nor the server takes anything: what waits in the pipes is not written within the time that there is for that.
+#[test]
+fn told_to_stop_with_bytes_in_the_pipes() {
+    let (screen, stdout) = std::io::pipe().expect("pipe");
+    let mut chat = Supervised::start_with(
+        &["--restart", "always"],
+        |_, chat| chat.to_vec(),
+        |run| Process::start_between(run, Stdio::piped(), stdout),
+    );
+    let sender = Sender::start(chat.server(), 100_000);
+    let typist = Sender::start(chat.run.stdin.take().expect("a pipe"), 4_000_000);
+    for _ in 0..2 {
+        wait_for("a full stdout", || ioctl_fionread(&screen).is_ok_and(|waiting| waiting > 60_000));
+        let told = chat.chat();
+        signal(told, Signal::TERM);
+        chat.killed = Some(told);
+        chat.chat();
+    }
+    let shown = read_all(screen);
+    let heard = read_all(chat.server());
+    let (sent, typed) = (sender.finish(), typist.finish());
+    chat.wait_until_counted(sent.len(), typed.len());
+    let log = chat.stop();
+    assert_same(&shown.join().expect("no panic"), &sent);
+    assert_same(&heard.join().expect("no panic"), &typed);
+    assert!(log.contains("what nobody took is left in the store"), "{log}");
+}
+
+/// For good: the next one makes a connection of its own.
+#[test]
+fn a_quit_leaves_nothing_in_the_store() {
+    let restart = ["--restart", "always"];
+    let mut chat = Supervised::start_with(&restart, |_, chat| chat.to_vec(), Process::start);
+    Process::start(heirloom().args(["quit", "--control"]).arg(&chat.control)).wait_for_code(0);
+    assert_eq!(chat.server.read(&mut [0]).expect("an orderly end"), 0);
+    let mut server = accept(&chat.listener);
+    server.write_all(b"hello").expect("it is connected");
+    wait_for("hello", || chat.run.stdout() == b"hello");
+    let log = chat.stop();
+    assert!(!log.contains("goes on where a process was"), "{log}");
+}
+
 /// As in `>>log 2>&1`: what the supervisor and the chats log comes between, and is no part of what was appended.
 #[test]
 fn appended_to_a_file_to_which_others_append() {

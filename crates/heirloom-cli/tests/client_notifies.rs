@@ -1,48 +1,21 @@
 //! What the chat client tells its supervisor, who is the test here.
 
+mod rogue;
 mod support;
 
-use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
 
+use rogue::{Plot, Role};
 use rustix::process::Signal;
 use support::generations::listen;
+use support::told::Supervisor;
 use support::*;
 
-/// Everything that a supervisor is told.
-struct Supervisor {
-    messages: Arc<Mutex<Vec<String>>>,
-}
-
-impl Supervisor {
-    fn at(path: &Path) -> Supervisor {
-        let socket = UnixDatagram::bind(path).expect("bind");
-        let messages = Arc::<Mutex<Vec<String>>>::default();
-        let told = messages.clone();
-        std::thread::spawn(move || {
-            let mut buffer = [0; 1000];
-            // Without room for descriptors: those that come along are closed.
-            while let Ok(count) = socket.recv(&mut buffer) {
-                let message = String::from_utf8_lossy(&buffer[..count]).into_owned();
-                told.lock().expect("no panic").push(message);
-            }
-        });
-        Supervisor { messages }
-    }
-
-    fn count(&self, message: &str) -> usize {
-        self.messages.lock().expect("no panic").iter().filter(|told| *told == message).count()
-    }
-
-    #[track_caller]
-    fn wait_for(&self, message: &str, count: usize) {
-        let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            wait_for(message, || self.count(message) >= count);
-        }));
-        assert!(waited.is_ok(), "no {message:?} among {:?}", self.messages.lock());
-    }
+/// Not a test of its own: what a rogue does when it is started.
+#[test]
+fn rogue() {
+    rogue::run();
 }
 
 fn supervised(address: &str, control: &Path, notify: &Path) -> Command {
@@ -73,6 +46,37 @@ fn that_it_serves_that_it_lives_who_follows_and_that_it_ends() {
     second.signal(Signal::TERM);
     second.wait_for_code(0);
     supervisor.wait_for("STOPPING=1\n", 1);
+}
+
+/// A takeover that fails before the freeze and after it, and an upgrade to a program that cannot take over.
+#[test]
+fn that_an_upgrade_is_under_way_and_that_it_was_rolled_back() {
+    let scratch = Scratch::new();
+    let (control, notify) = (scratch.path("chat.sock"), scratch.path("notify"));
+    let supervisor = Supervisor::at(&notify);
+    let (_listener, address) = listen();
+    let mut chat = Process::start(&mut supervised(&address, &control, &notify));
+    supervisor.wait_for("STATUS=connected\n", 1);
+    let serves_on = |reason: &str| {
+        format!("READY=1\nMAINPID={}\nSTATUS=connected; upgrade rolled back: {reason}", chat.id())
+    };
+    let mut upgrade = heirloom();
+    upgrade.args(["upgrade", "--program", "/bin/false", "--control"]).arg(&control);
+    Process::start(&mut upgrade).wait_for_code(5);
+    supervisor.wait_for_part("RELOADING=1\nMONOTONIC_USEC=");
+    supervisor.wait_for_part(&serves_on(""));
+    for (tries, point) in (2..).zip(["offered", "freeze"]) {
+        let plot = Plot { role: Role::Successor, point, act: "withdraw" };
+        rogue::start(plot, &control, &address).wait_for_code(rogue::GAVE_UP);
+        wait_for("the news of it", || supervisor.all().matches(&serves_on("")).count() == tries);
+    }
+    supervisor.wait_for_part(&serves_on("at step accept: "));
+    // A dry run replaces nobody.
+    let told = supervisor.all();
+    Process::start(heirloom().args(["upgrade", "--dry-run", "--control"]).arg(&control)).wait_for_code(0);
+    assert_eq!(supervisor.all().matches("RELOADING").count(), told.matches("RELOADING").count());
+    chat.signal(Signal::TERM);
+    chat.wait_for_code(0);
 }
 
 /// A watchdog that watches another process is not this one's.

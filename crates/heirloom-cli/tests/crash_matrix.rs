@@ -178,6 +178,7 @@ fn whoever_asks_one_that_was_replaced_hears_nothing() {
         schema: VersionRange::new(1, 1),
         room: 1000,
         generation: None,
+        force: false,
     };
     let mut successor = talk.process(&control, "must", |command| committing.give(command));
     committing.wait();

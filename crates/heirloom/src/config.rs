@@ -1,6 +1,7 @@
 //! What an operator may want to set: who may ask, how much is accepted, how long is waited.
 
 use crate::limits::Limits;
+use crate::notify::NOTIFY_SOCKET;
 use crate::peer::PeerPolicy;
 use crate::protocol::{Fencing, Times};
 
@@ -25,6 +26,11 @@ pub struct Config {
     pub fencing: Fencing,
     /// Which requests the application answers itself.
     pub delegate: Delegate,
+    /// Whether the incumbent can be replaced by a process outside of its unit.
+    pub outsiders: Outsiders,
+    /// Whether this process, as a successor, takes over although it is such an outsider. The incumbent's supervisor may then start
+    /// another process, which may in turn take over from this one.
+    pub force: bool,
 }
 
 /// Requests that are otherwise answered by the library, and that an application takes itself, as
@@ -44,4 +50,38 @@ pub struct Delegate {
     pub upgrade: bool,
     /// [`Request::Status`](crate::control::Request::Status).
     pub status: bool,
+}
+
+/// Whether a process that does not belong to the incumbent's unit may take over.
+///
+/// The unit is what systemd calls so: the control group whose name ends in `.service` or `.scope`, with all below it. An
+/// incumbent that is in none (in a container, without systemd) admits everybody whatever is set here.
+///
+/// ```
+/// use heirloom::{Config, config::Outsiders};
+///
+/// // A program that is never restarted when it is replaced, whoever has started it.
+/// let config = Config { outsiders: Outsiders::Admit, ..Config::default() };
+/// assert_ne!(config.outsiders, Outsiders::ByEnvironment);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Outsiders {
+    /// Refused by an incumbent that has a supervisor: one in whose environment NOTIFY_SOCKET is set and not empty.
+    #[default]
+    ByEnvironment,
+    /// Refused.
+    Refuse,
+    /// Admitted.
+    Admit,
+}
+
+impl Outsiders {
+    /// Whether they are refused here.
+    pub(crate) fn are_refused(self) -> bool {
+        match self {
+            Outsiders::ByEnvironment => std::env::var_os(NOTIFY_SOCKET).is_some_and(|it| !it.is_empty()),
+            Outsiders::Refuse => true,
+            Outsiders::Admit => false,
+        }
+    }
 }

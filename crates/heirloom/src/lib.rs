@@ -58,11 +58,12 @@ pub mod service;
 mod start;
 pub mod store;
 pub mod transport;
+mod unit;
 pub mod upgrade;
 
 pub use bundle::{Bundle, BundleError, Taken as TakenItem};
 pub use codec::{Cbor, Codec, CodecError};
-pub use config::{Config, Delegate};
+pub use config::{Config, Delegate, Outsiders};
 pub use control::request::{NoRequests, VersionRange};
 pub use incumbent::{
     Asked, Batch, ConnectionId, Delegated, Freeze, HandoverError, Incumbent, Offer, Outcome, StatusAsked,

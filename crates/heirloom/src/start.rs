@@ -261,6 +261,7 @@ fn ask<A: DeserializeOwned>(
         schema: service.reads,
         room: descriptors::room()?,
         generation: None,
+        force: config.force,
     };
     client.set_timeout(config.times.offer);
     crash::reach(Point::Connected);

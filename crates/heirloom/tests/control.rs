@@ -50,6 +50,7 @@ fn hello() -> Hello {
         schema: VersionRange::new(1, 1),
         room: 1000,
         generation: None,
+        force: false,
     }
 }
 
@@ -123,7 +124,7 @@ mod messages {
         let line = r#"{"Takeover":{"protocol":{"min":1,"max":9,"x":0},"service":"s","pid":1,
             "schema":{"min":0,"max":0},"room":5,"later":[1,2]}}"#;
         let Request::Takeover(hello) = parse(line).unwrap() else { panic!() };
-        assert_eq!((hello.program.as_str(), hello.generation), ("", None));
+        assert_eq!((hello.program.as_str(), hello.generation, hello.force), ("", None, false));
         let reply = Reply::parse(br#"{"Error":{"code":"from-the-future","hint":1}}"#).unwrap();
         let failure = Failure::new(FailureCode::Failed, "");
         assert_eq!(reply, Reply::Error(failure));
@@ -168,9 +169,9 @@ mod messages {
 
     fn any_hello() -> impl Strategy<Value = Hello> {
         let texts = (any::<String>(), any::<String>(), any::<String>());
-        let numbers = (any::<u32>(), any::<u64>(), any::<Option<u64>>());
+        let numbers = (any::<u32>(), any::<u64>(), any::<Option<u64>>(), any::<bool>());
         (range(), range(), texts, numbers).prop_map(
-            |(protocol, schema, (service, program, version), (pid, room, generation))| Hello {
+            |(protocol, schema, (service, program, version), (pid, room, generation, force))| Hello {
                 protocol,
                 service,
                 program,
@@ -179,6 +180,7 @@ mod messages {
                 schema,
                 room,
                 generation,
+                force,
             },
         )
     }
@@ -258,9 +260,9 @@ mod messages {
 
     fn any_reply() -> impl Strategy<Value = Reply> {
         let codes =
-            prop_oneof![Just(FailureCode::Busy), Just(FailureCode::TooLong), Just(FailureCode::Failed)];
-        let welcome = (any::<[u32; 3]>(), any::<[u64; 2]>(), any::<[String; 2]>()).prop_map(
-            |([protocol, pid, schema], [generation, items], [program, version])| Welcome {
+            prop_oneof![Just(FailureCode::Busy), Just(FailureCode::TooLong), Just(FailureCode::Outsider)];
+        let welcome = (any::<[u32; 3]>(), any::<[u64; 2]>(), any::<[String; 2]>(), any::<bool>()).prop_map(
+            |([protocol, pid, schema], [generation, items], [program, version], outsider)| Welcome {
                 protocol,
                 generation,
                 pid,
@@ -268,6 +270,7 @@ mod messages {
                 version,
                 schema,
                 items,
+                outsider,
             },
         );
         prop_oneof![

@@ -62,6 +62,7 @@ fn up_to_the_lock(control: &Path) -> (Channel, ServiceLock) {
         schema: VersionRange::new(1, 1),
         room: 1000,
         generation: None,
+        force: false,
     };
     let mut client = Client::connect(control).expect("it listens");
     client.send(&Request::<NoRequests>::Takeover(hello)).expect("send");

@@ -311,6 +311,7 @@ fn the_exit_of_a_successor_is_not_charged_to_the_next() {
         schema: VersionRange::new(1, 1),
         room: 1000,
         generation: None,
+        force: false,
     };
     second.send(&Request::<NoRequests>::Takeover(hello)).unwrap();
     drop(first);

@@ -31,6 +31,7 @@ fn hello(protocol: VersionRange, schema: VersionRange) -> Hello {
         schema,
         room: 1000,
         generation: None,
+        force: false,
     }
 }
 
@@ -100,6 +101,7 @@ fn headstrong(protocol: u32, schema: u32) -> (Scratch, PathBuf, thread::JoinHand
             version: "7.8".into(),
             schema,
             items: 1,
+            outsider: false,
         };
         send_with(&client, &Reply::Takeover(welcome).to_line(), &[theirs.as_fd()], Wait::Block)
             .expect("send");

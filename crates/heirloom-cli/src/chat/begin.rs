@@ -139,10 +139,10 @@ impl Beginning {
         }
         let socket = left.socket.take();
         let stale = mem::take(&mut left.stale);
-        let mut items = Items::new(left.ids, left.next_id);
+        let mut items = Items::new(left.ids.clone(), left.next_id);
         let kept = store.map(|store| {
             let ledger = left.ledger_id.unwrap_or_else(|| items.give_out());
-            let mut kept = Kept::new(store, ledger, service.to_owned());
+            let mut kept = Kept::new(store, ledger, service.to_owned(), left.ids);
             kept.remove(stale);
             kept
         });

@@ -17,7 +17,7 @@ use heirloom::{
 use rustix::event::{PollFd, PollFlags};
 
 use super::items::{Items, Travels};
-use super::kept::{self, Kept};
+use super::kept::Kept;
 use super::older::{ChatRequest, FLUSH_WITHIN, Older};
 use super::pump::{Pump, PumpError};
 use crate::exit::Exit;
@@ -37,6 +37,8 @@ pub(super) struct Client {
     signals: Signals,
     linger: Duration,
     mode: Mode,
+    /// A quit was asked for: nothing is left for a next process.
+    for_good: bool,
 }
 
 /// What the loop does beside answering at the control socket.
@@ -92,7 +94,7 @@ impl Client {
         signals: Signals,
         linger: Duration,
     ) -> Self {
-        Client { incumbent, pump, items, kept, signals, linger, mode: Mode::Pumping }
+        Client { incumbent, pump, items, kept, signals, linger, mode: Mode::Pumping, for_good: false }
     }
 
     /// Serves until the client is replaced, stopped, or fails. `handed_over` says that the supervisor, if there is one, has
@@ -104,7 +106,11 @@ impl Client {
         }
         let result = self.serve();
         if let Some(kept) = self.kept.take() {
-            kept.leave(&self.pump, &self.items);
+            if self.for_good {
+                kept.end(&self.items);
+            } else {
+                kept.leave(&self.pump, &self.items);
+            }
         }
         // Does nothing if somebody else serves by now.
         self.incumbent.retire();
@@ -126,6 +132,9 @@ impl Client {
             let mut next = if asked.stop { self.stop() } else { Next::Go };
             if next == Next::Go {
                 next = self.answer()?;
+            }
+            if let Some(kept) = &mut self.kept {
+                kept.tell(&self.incumbent);
             }
             if next == Next::Go {
                 next = self.go_on()?;
@@ -224,7 +233,7 @@ impl Client {
         }
     }
 
-    /// A signal has come: empties the buffers first; a second signal ends the client at once.
+    /// A stop was asked for: empties the buffers first; when it is asked for again, ends the client at once.
     fn stop(&mut self) -> Next {
         match self.mode {
             Mode::Pumping | Mode::Older(Older::Flushing { .. }) => {
@@ -242,8 +251,13 @@ impl Client {
 
     /// Ends, whatever has not been written and sent.
     fn abandon(&self) -> Next {
-        if !self.pump.flushed() {
-            let (unwritten, unsent) = (self.pump.unwritten(), self.pump.unsent());
+        if self.pump.flushed() {
+            return Next::End;
+        }
+        let (unwritten, unsent) = (self.pump.unwritten(), self.pump.unsent());
+        if !self.for_good && self.kept.as_ref().is_some_and(Kept::is_left) {
+            tracing::info!(unwritten, unsent, "stopping; what nobody took is left in the store");
+        } else {
             tracing::warn!(unwritten, unsent, "stopping with bytes that nobody took");
         }
         Next::End
@@ -312,8 +326,8 @@ impl Client {
         match notice {
             Notice::Thawed(Ok(Outcome::Taken(by))) => {
                 tracing::info!("replaced by {by}");
-                if let (Some(_), Some(pid)) = (self.kept.take(), by.pid) {
-                    kept::name_successor(pid);
+                if let Some(kept) = self.kept.take() {
+                    kept.hand_over(&by);
                 }
                 return Ok(Next::End);
             }
@@ -334,11 +348,12 @@ impl Client {
             Notice::Quit(connection) if self.older() == Some(connection) => {
                 tracing::info!("replaced by a program of protocol 0");
                 if let Some(kept) = self.kept.take() {
-                    kept.forget(&self.items);
+                    kept.end(&self.items);
                 }
                 return Ok(Next::End);
             }
             Notice::Quit(_) => {
+                self.for_good = true;
                 return Ok(self.stop());
             }
             Notice::Closed(connection) => self.older_left(connection),
@@ -446,8 +461,11 @@ impl Client {
 /// Lets a program of protocol 0 in, if there is nothing else going on.
 fn older_asks(mut asked: Asked<'_, ChatRequest>, busy: bool) -> Option<Older> {
     let ChatRequest::RequestFds = asked.request()?;
-    if busy {
-        asked.refuse(BUSY);
+    let why =
+        if busy { Some(BUSY.to_owned()) } else { asked.check_unit().err().map(|failure| failure.message) };
+    if let Some(why) = why {
+        tracing::warn!(reason = why, "a program of protocol 0 is refused");
+        asked.refuse(&why);
         return None;
     }
     tracing::info!("a program of protocol 0 asks for the connection");

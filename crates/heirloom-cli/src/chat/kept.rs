@@ -13,13 +13,17 @@ use std::time::{Duration, Instant};
 
 use heirloom::notify::{Message, Notifier, watchdog_interval};
 use heirloom::store::{LEDGER_NAME, Store, StoreError};
-use heirloom::{Bundle, BundleError, Cbor, Codec, Entry, ItemId, Kind};
+use heirloom::{Bundle, BundleError, Cbor, Codec, Entry, Incumbent, ItemId, Kind, TakenBy};
 use heirloom_sys::tcp_counters;
 use serde::{Deserialize, Serialize};
 
 use super::items::{Items, Part, Travels};
 use super::pump::{Pump, PumpState};
 use super::reconnect::Reconnect;
+use super::reloads::Reloads;
+
+/// How long the supervisor may take to read the last that it is told.
+const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 
 /// The store, and what is in it of the client's.
 pub(super) struct Kept {
@@ -29,9 +33,13 @@ pub(super) struct Kept {
     saved: PumpState,
     /// Whose state it is: that of a service at another address is of no use.
     service: String,
+    /// What there was already, and the store does not hold: an incumbent without one had it.
+    unput: Vec<(Part, ItemId)>,
     /// What could not be put. It is served all the same, and lost with the process.
     unkept: Vec<ItemId>,
     watchdog: Option<Watchdog>,
+    reloads: Reloads,
+    status: &'static str,
 }
 
 /// When the supervisor is to hear of us.
@@ -80,11 +88,15 @@ impl Saved {
 }
 
 impl Kept {
-    /// Goes on with a store. `ledger` is the id of its ledger among the items.
-    pub(super) fn new(store: Store, ledger: ItemId, service: String) -> Self {
+    /// Goes on with a store. `ledger` is the id of its ledger among the items; `left` is what another process has left, which may
+    /// have had no store.
+    pub(super) fn new(store: Store, ledger: ItemId, service: String, mut left: Vec<(Part, ItemId)>) -> Self {
+        left.retain(|(_, id)| !store.holds(*id));
         let watchdog =
             watchdog_interval().map(|interval| Watchdog { every: interval / 2, next: Instant::now() });
-        Kept { store, ledger, saved: PumpState::default(), service, unkept: Vec::new(), watchdog }
+        let (saved, unkept) = (PumpState::default(), Vec::new());
+        let (reloads, status) = (Reloads::default(), "");
+        Kept { store, ledger, saved, service, unput: left, unkept, watchdog, reloads, status }
     }
 
     /// Says that the service is there; of one that was `handed_over` also which process it is.
@@ -97,8 +109,16 @@ impl Kept {
         self.store.notify(Message::new().stopping());
     }
 
-    pub(super) fn status(&mut self, status: &str) {
-        self.store.notify(Message::new().status(status));
+    pub(super) fn status(&mut self, status: &'static str) {
+        self.status = status;
+        self.store.notify(Message::new().status(&self.reloads.status(status)));
+    }
+
+    /// Tells of takeovers what is to be told.
+    pub(super) fn tell<A>(&mut self, incumbent: &Incumbent<A>) {
+        for message in self.reloads.turn(incumbent) {
+            self.store.notify(message.status(&self.reloads.status(self.status)));
+        }
     }
 
     /// Removes what nobody has any more.
@@ -119,7 +139,7 @@ impl Kept {
     ) {
         self.save(pump);
         self.remove(ended);
-        for &(part, id) in new {
+        for &(part, id) in std::mem::take(&mut self.unput).iter().chain(new) {
             if let Some(descriptor) = items.descriptor(pump, id) {
                 let put = self.store.put(part.entry(id), descriptor);
                 self.unkept.extend(put.is_err().then_some(id));
@@ -195,28 +215,43 @@ impl Kept {
         (entry, self.store.ledger())
     }
 
+    /// Whether somebody keeps what is left.
+    pub(super) fn is_left(&self) -> bool {
+        self.store.has_supervisor()
+    }
+
     /// Ends in order: the next process has a stdin and a stdout of its own, and tries anew to connect.
     pub(super) fn leave(mut self, pump: &Pump, items: &Items) {
         let mut state = pump.state();
         state.reconnect = Reconnect::default();
         self.set(&self.saved_of(pump, state));
         self.remove(items.that_travel(Travels::Never));
+        if !self.store.settle(LEAVE_WITHIN) {
+            tracing::error!("the supervisor does not read what it is told: the connection may end");
+        }
     }
 
-    /// Removes everything: a program that knows no store goes on with the connection.
-    pub(super) fn forget(mut self, items: &Items) {
+    /// Another process serves. The supervisor is told which, as the last thing; of one that is not its own it is told nothing.
+    pub(super) fn hand_over(self, by: &TakenBy) {
+        if by.outsider {
+            return self.store.abandon(LEAVE_WITHIN);
+        }
+        // Past what the store has not sent: nothing else is this process's business any more.
+        let supervisor = Notifier::from_environment();
+        let message = by.pid.map(|pid| Message::new().main_pid(pid));
+        let told =
+            supervisor.and_then(|it| it.zip(message).map(|(it, message)| it.send(&message)).transpose());
+        if let Err(error) = told {
+            tracing::warn!(%error, "the supervisor is not told of the successor");
+        }
+    }
+
+    /// Ends for good, or lets a program go on that knows no store: nothing is left.
+    pub(super) fn end(mut self, items: &Items) {
         self.set(&Saved::default());
         let all = [Travels::Early, Travels::Late, Travels::Never];
         self.remove(all.into_iter().flat_map(|travels| items.that_travel(travels)));
-    }
-}
-
-/// Tells the supervisor, as the last thing, which process serves from now on. Nothing else is its business any more.
-pub(super) fn name_successor(pid: u32) {
-    let told = Notifier::from_environment()
-        .and_then(|supervisor| supervisor.map(|it| it.send(&Message::new().main_pid(pid))).transpose());
-    if let Err(error) = told {
-        tracing::warn!(%error, "the supervisor is not told of the successor");
+        self.store.settle(LEAVE_WITHIN);
     }
 }
 

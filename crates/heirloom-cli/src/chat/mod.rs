@@ -18,6 +18,7 @@ mod older;
 mod pump;
 mod queue;
 mod reconnect;
+mod reloads;
 mod stdio;
 
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -56,6 +57,9 @@ pub(crate) struct Args {
     /// Whether to take over from a chat that already runs there: never is an error if there is one, must if there is none
     #[arg(long, value_enum, default_value_t = ReplaceArg::Try)]
     replace: ReplaceArg,
+    /// Take over from a chat in a unit (systemd's service or scope) that this process is no part of; its supervisor may then start another
+    #[arg(long)]
+    force: bool,
     /// How long to keep the connection for a successor after stdout was closed
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = humantime::parse_duration)]
     linger: Duration,
@@ -81,6 +85,10 @@ Under a supervisor that keeps descriptors, heirloom-run(1) or systemd, a chat th
 with its connection, stdin and stdout, and with every byte that was on its way. A chat that is told to end leaves the connection to \
 the supervisor, for a restart.
 
+A chat that such a supervisor runs in a unit of systemd's, a service or the scope of a terminal, is not replaced from outside of that \
+unit: the status is 4. Let systemctl(1) reload it, or heirloom-upgrade(1). With --force it is replaced all the same; its supervisor, which \
+takes the service for ended then, may start another one, and that one takes over back.
+
 With --listen it is the chat server instead: it listens at ADDR, and passes on each line of a client to all others with \
 \"<userN> \" before it, N being the client's number; it announces who comes and who leaves. Control characters are escaped. A client \
 that does not read is cut off when more than --backlog is unsent to it. A server that is started with the same control socket takes \
@@ -91,7 +99,8 @@ killed, too: the next one goes on with every client, and no line is lost. It use
         (
             "SIGTERM, SIGINT, SIGHUP",
             "The chat takes in nothing more, writes and sends what it has for at most a second, and ends with status 0. A \
-             second signal ends it at once.",
+             second signal ends it at once. Under a supervisor that keeps descriptors what is left then is the next one's; a server \
+             ends at once there, and no connection does. heirloom-quit(1) is for good.",
         ),
         (
             "SIGUSR2",
@@ -156,8 +165,9 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
     let path = args.target.path("chat", &args.address)?;
     let service = service(&args.address);
     let replace = args.replace.into();
+    let config = Config { force: args.force, ..Config::default() };
     let (incumbent, beginning, handed_over) = loop {
-        match heirloom::start::<ChatRequest>(&path, service.clone(), Config::default(), replace)? {
+        match heirloom::start::<ChatRequest>(&path, service.clone(), config.clone(), replace)? {
             Start::Fresh(incumbent) => {
                 tracing::info!(control = %path.display(), server = args.address, "serving");
                 break (incumbent, Beginning::fresh(&path, &service.name)?, false);

@@ -142,6 +142,7 @@ fn welcome() -> Vec<u8> {
         version: "6".into(),
         schema: 1,
         items: 2,
+        outsider: false,
     })
     .to_line()
 }

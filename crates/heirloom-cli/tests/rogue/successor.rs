@@ -18,9 +18,10 @@ pub(super) fn run(rogue: &Rogue) {
         program: "rogue".into(),
         version: "6".into(),
         pid: std::process::id(),
-        schema: VersionRange::new(1, 1),
+        schema: VersionRange::new(1, 2),
         room: 1_000_000,
         generation: None,
+        force: false,
     };
     client.send(&Request::<NoRequests>::Takeover(hello)).expect("send");
     let (line, mut descriptors) = client.receive().expect("an answer");
@@ -52,9 +53,15 @@ pub(super) fn run(rogue: &Rogue) {
     rogue.at("offered", &mut channel, early());
     tell(&channel, &ToIncumbent::Ready);
     rogue.at("ready", &mut channel, early());
-    let (message, memfd) = next(&channel);
-    assert_eq!(message, ToSuccessor::Freeze);
-    held.extend(memfd);
+    loop {
+        let (message, descriptors) = next(&channel);
+        held.extend(descriptors);
+        match message {
+            // What is new since, such as the pipes of a chat that a supervisor keeps.
+            ToSuccessor::Batch { .. } => tell(&channel, &ToIncumbent::Credit),
+            message => break assert_eq!(message, ToSuccessor::Freeze),
+        }
+    }
     rogue.at("freeze", &mut channel, early());
     tell(&channel, &ToIncumbent::Accept);
     rogue.at("accept", &mut channel, late());

@@ -9,7 +9,9 @@ pub(crate) mod random;
 pub(crate) mod supervised;
 pub(crate) mod systemd;
 pub(crate) mod talk;
+pub(crate) mod told;
 pub(crate) mod traffic;
+pub(crate) mod units;
 pub(crate) mod upgrading;
 
 use std::io::{Read, Write};

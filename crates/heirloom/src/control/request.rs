@@ -152,6 +152,10 @@ pub struct Hello {
     /// The generation that it expects to follow, if it knows.
     #[serde(default)]
     pub generation: Option<u64>,
+    /// Whether it is to take over though it is no part of the incumbent's unit; see
+    /// [`FailureCode::Outsider`].
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// An incumbent's answer to a [`Hello`].
@@ -181,6 +185,9 @@ pub struct Welcome {
     pub schema: u32,
     /// How many items there are at the moment.
     pub items: u64,
+    /// Whether the successor is no part of the incumbent's unit: the store of the incumbent's supervisor is not the successor's.
+    #[serde(default)]
+    pub outsider: bool,
 }
 
 /// What a base manifest holds; see [`Request::Inspect`].
@@ -263,6 +270,9 @@ pub enum FailureCode {
     Room,
     /// The peer may not ask.
     Permission,
+    /// The successor is no part of the unit in which the incumbent's supervisor runs it, and is not forced
+    /// ([`Config::force`](crate::Config::force)).
+    Outsider,
     /// There is no such request.
     Unknown,
     /// The line is no request.

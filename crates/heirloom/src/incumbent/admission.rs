@@ -15,6 +15,7 @@ use crate::peer::Peer;
 use crate::protocol;
 use crate::service::{Service, named};
 use crate::transport::socket::takeover::Takeover;
+use crate::unit::Outsider;
 
 /// Descriptors that a successor needs beside the items: manifests, channel, epoll, lock and some air.
 const SPARE_DESCRIPTORS: u64 = 16;
@@ -24,6 +25,10 @@ impl<A> Incumbent<A> {
     pub(super) fn hello(&mut self, now: Instant, id: ConnectionId, hello: Hello) {
         let admitted = self.identify(id).and_then(|peer| {
             let protocol = self.admit(&hello, &peer)?;
+            let outsider = Outsider::find(&peer, self.config.outsiders);
+            if let Some(outsider) = outsider.as_ref().filter(|_| !hello.force) {
+                return Err(Failure { code: FailureCode::Outsider, message: outsider.to_string() });
+            }
             self.admit_in_upgrade(&peer, now)?;
             let (channel, other) = Channel::pair().map_err(failed)?;
             let token = |token| epoll::EventData::new_u64(token);
@@ -31,10 +36,10 @@ impl<A> Incumbent<A> {
             if let Some(pidfd) = peer.pidfd() {
                 epoll::add(&self.epoll, pidfd, token(SUCCESSOR), epoll::EventFlags::IN).map_err(failed)?;
             }
-            Ok((protocol, peer, channel, other))
+            Ok((protocol, peer, outsider.is_some(), channel, other))
         });
         match admitted {
-            Ok((protocol, peer, channel, other)) => {
+            Ok((protocol, peer, outsider, channel, other)) => {
                 tracing::info!(successor = %peer, program = hello.program, version = hello.version, "takeover begins");
                 crash::reach(Point::HelloAdmitted);
                 let welcome = Reply::Takeover(Welcome {
@@ -45,13 +50,15 @@ impl<A> Incumbent<A> {
                     version: self.service.version.clone(),
                     schema: self.service.writes,
                     items: self.items.len() as u64 + 1,
+                    outsider,
                 });
                 if let Some(connection) = self.connections.get_mut(&id) {
                     connection.send(welcome.to_line(), vec![other]);
                 }
                 let machine = protocol::Incumbent::new(now, self.config.times).fencing(self.config.fencing);
-                self.takeover =
-                    Some(Box::new(Takeover::new(machine, channel, peer, hello, self.config.times.look)));
+                let look = self.config.times.look;
+                let takeover = Takeover::new(machine, channel, peer, outsider, hello, look);
+                self.takeover = Some(Box::new(takeover));
             }
             Err(refusal) => {
                 tracing::warn!(pid = hello.pid, reason = refusal.message, "takeover refused");
@@ -70,6 +77,14 @@ impl<A> Incumbent<A> {
                 self.successor_refused(id, &refusal.message);
                 self.reply(id, Reply::Error(refusal).to_line());
             }
+        }
+    }
+
+    /// Why the process on this connection may not take over by its place, if so.
+    pub(super) fn refuse_outsider(&self, id: ConnectionId) -> Result<(), Failure> {
+        match Outsider::find(&self.identify(id)?, self.config.outsiders) {
+            Some(outsider) => Err(Failure { code: FailureCode::Outsider, message: outsider.to_string() }),
+            None => Ok(()),
         }
     }
 
@@ -159,6 +174,7 @@ mod tests {
             schema,
             room: 100,
             generation: None,
+            force: false,
         }
     }
 

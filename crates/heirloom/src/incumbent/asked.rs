@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Incumbent;
 use super::connection::{ConnectionId, failure};
-use crate::control::request::{FailureCode, Reply};
+use crate::control::request::{Failure, FailureCode, Reply};
 
 /// A request of the application's own. Each must be answered; dropping it answers with an error.
 ///
@@ -42,6 +42,16 @@ impl<A> Asked<'_, A> {
     /// On which connection it came.
     pub fn connection(&self) -> ConnectionId {
         self.connection
+    }
+
+    /// Whether the process that asks may take over by its place; see [`Outsiders`](crate::Outsiders). For programs that can also
+    /// be taken over by a request of their own.
+    ///
+    /// # Errors
+    ///
+    /// Why not, for it to be told.
+    pub fn check_unit(&self) -> Result<(), Failure> {
+        self.incumbent.refuse_outsider(self.connection)
     }
 
     /// Says [`Turn::Closed`](super::Turn::Closed) when this connection ends.

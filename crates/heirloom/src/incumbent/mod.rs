@@ -388,6 +388,7 @@ impl<A> Incumbent<A> {
                 program: takeover.hello.program,
                 version: takeover.hello.version,
                 items: takeover.items,
+                outsider: takeover.outsider,
             }),
             IncumbentOutcome::Resumed(reason) => Outcome::Resumed(reason),
             IncumbentOutcome::Superseded(reason) => Outcome::Superseded(reason),
@@ -432,6 +433,11 @@ impl<A> Incumbent<A> {
     /// Whether a takeover or an upgrade is going on.
     pub fn takeover_running(&self) -> bool {
         self.takeover.is_some() || self.upgrade.is_some()
+    }
+
+    /// Whether another program may soon serve in the place of this one: a takeover or an upgrade is going on that is no dry run.
+    pub fn is_being_replaced(&self) -> bool {
+        self.takeover.is_some() || self.upgrade.as_ref().is_some_and(|running| !running.is_dry_run())
     }
 
     /// Sets a counter, such as `bytes_in`: shown by status, and handed over, so that it never goes back.

@@ -112,7 +112,8 @@ pub enum HandoverError {
 /// ```
 /// use heirloom::TakenBy;
 ///
-/// let by = TakenBy { pid: Some(7), program: "echod".into(), version: "2.0".into(), items: 3 };
+/// let (program, version) = ("echod".into(), "2.0".into());
+/// let by = TakenBy { pid: Some(7), program, version, items: 3, outsider: false };
 /// assert_eq!(by.to_string(), "echod 2.0 (pid 7)");
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,6 +126,9 @@ pub struct TakenBy {
     pub version: String,
     /// How many items it got.
     pub items: u64,
+    /// Whether it is no part of this process's unit, and has taken over by [force](crate::Config::force): it is not the service
+    /// that this process's supervisor runs, and cannot use its store.
+    pub outsider: bool,
 }
 
 impl fmt::Display for TakenBy {

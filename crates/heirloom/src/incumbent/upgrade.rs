@@ -38,6 +38,12 @@ pub(super) struct Running {
     phase: Phase,
 }
 
+impl Running {
+    pub(super) fn is_dry_run(&self) -> bool {
+        self.dry_run
+    }
+}
+
 enum Phase {
     /// The application is to write down what there is.
     Offer,

@@ -25,6 +25,9 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::bundle::{Bundle, BundleError};
 use crate::item::{Entry, ItemId};
@@ -312,6 +315,12 @@ impl Store {
         self.held.contains(&id) || self.notifier.is_none()
     }
 
+    /// Whether there is still a supervisor that keeps what is put.
+    #[must_use]
+    pub fn has_supervisor(&self) -> bool {
+        self.notifier.is_some()
+    }
+
     /// Tells the supervisor something, after all that was put before.
     pub fn notify(&mut self, message: Message) {
         self.send(message, None, None);
@@ -332,6 +341,34 @@ impl Store {
                 return;
             }
             self.held.extend(next.puts);
+        }
+    }
+
+    /// Waits until the supervisor has taken everything, for this long at most: for a process that is about to end. Whether it has.
+    pub fn settle(&mut self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        loop {
+            self.flush();
+            let left = until.saturating_duration_since(Instant::now());
+            if !self.is_waiting() || left.is_zero() {
+                return !self.is_waiting();
+            }
+            let timeout = left.try_into().ok();
+            // An error shows at the next flush.
+            let _ = poll(&mut [PollFd::new(self, PollFlags::OUT)], timeout.as_ref());
+        }
+    }
+
+    /// Has the supervisor close everything that was put, and waits for this long at most until it has taken that in: who serves now is
+    /// an [outsider](crate::TakenBy::outsider), for whom the store is of no use.
+    pub fn abandon(mut self, limit: Duration) {
+        self.waiting.clear();
+        for id in std::mem::take(&mut self.held) {
+            self.send(Message::new().remove(&Name::Item(id).to_string()), None, None);
+        }
+        self.send(Message::new().remove(LEDGER), None, None);
+        if !self.settle(limit) {
+            tracing::warn!("the supervisor does not close what it keeps: it does not read what it is told");
         }
     }
 

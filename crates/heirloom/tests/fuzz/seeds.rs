@@ -69,6 +69,7 @@ fn lines() -> Seeds {
         schema: versions,
         room: 1000,
         generation: Some(3),
+        force: true,
     };
     let upgrade = Upgrade {
         program: Some("/usr/bin/heirloom".into()),
@@ -108,6 +109,7 @@ fn lines() -> Seeds {
         version: "0.1.0".into(),
         schema: 1,
         items: 3,
+        outsider: true,
     };
     let replies = [
         Reply::Pong,

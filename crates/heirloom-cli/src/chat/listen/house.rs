@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use heirloom::manifest::Base;
 use heirloom::store::{Activated, LEDGER_NAME, Restored, Store, restore};
-use heirloom::{Bundle, Cbor, Codec, CodecError, Incumbent, ItemId, Kind};
+use heirloom::{Bundle, Cbor, Codec, CodecError, Incumbent, ItemId, Kind, TakenBy};
 use mio::{Poll, Registry, Token};
 use serde::{Deserialize, Serialize};
 
@@ -209,8 +209,8 @@ impl House {
     }
 
     /// Another process serves.
-    pub(super) fn replaced(&mut self, by: Option<u32>) {
-        if let Some(keeper) = &mut self.keeper {
+    pub(super) fn replaced(&mut self, by: &TakenBy) {
+        if let Some(keeper) = self.keeper.take() {
             keeper.replaced(by);
         }
     }
@@ -221,6 +221,28 @@ impl House {
         self.switchboard.close();
         if let Some(keeper) = &mut self.keeper {
             keeper.close();
+        }
+    }
+
+    /// Whether a store has everything, so that the next process can go on with it.
+    pub(super) fn is_kept(&self) -> bool {
+        self.switchboard.journal().is_some() && self.keeper.as_ref().is_some_and(Keeper::is_left)
+    }
+
+    /// Leaves everything to the next process, as a kill would: no connection is ended.
+    pub(super) fn leave(&mut self) {
+        let (clients, unsent) = (self.clients(), self.switchboard.unsent());
+        tracing::info!(clients, unsent, "stopping; everything is left in the store");
+        if let Some(keeper) = &mut self.keeper {
+            keeper.leave();
+        }
+    }
+
+    /// Tells the supervisor of takeovers what is to be told.
+    pub(super) fn tell<A>(&mut self, incumbent: &Incumbent<A>) {
+        let clients = self.clients();
+        if let Some(keeper) = &mut self.keeper {
+            keeper.tell(incumbent, clients);
         }
     }
 

@@ -12,16 +12,20 @@ use std::time::{Duration, Instant};
 
 use heirloom::notify::{Message, watchdog_interval};
 use heirloom::store::{LEDGER_NAME, Store};
-use heirloom::{CodecError, Entry, ItemId, Kind};
+use heirloom::{CodecError, Entry, Incumbent, ItemId, Kind, TakenBy};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use super::handover::{JOURNAL_NAME, listener_entry, stored_entry};
 use super::ids::Ids;
 use super::switchboard::Switchboard;
+use crate::chat::reloads::Reloads;
 
 /// How often the supervisor is told of how many there are, at most.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
+
+/// How long the supervisor may take to read the last that it is told.
+const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 
 /// The way to a supervisor with a store.
 #[derive(Debug)]
@@ -37,6 +41,7 @@ pub(super) struct Keeper {
     watchdog: Option<(Duration, Instant)>,
     /// Whether the poller tells when the store takes more.
     registered: bool,
+    reloads: Reloads,
 }
 
 #[derive(Debug)]
@@ -59,9 +64,16 @@ impl Keeper {
         let ledger = ids.take()?;
         let journal = journal.map_or_else(|| ids.take(), Ok)?;
         let watchdog = watchdog_interval().map(|interval| (interval / 2, Instant::now()));
-        let (arriving, status) = (VecDeque::new(), None);
-        let mut keeper =
-            Keeper { store, journal: Some(journal), ledger, arriving, status, watchdog, registered: false };
+        let mut keeper = Keeper {
+            store,
+            journal: Some(journal),
+            ledger,
+            arriving: VecDeque::new(),
+            status: None,
+            watchdog,
+            registered: false,
+            reloads: Reloads::default(),
+        };
         if let Some(file) = switchboard.journal() {
             keeper.put(Ok(journal_entry(journal)), file.as_fd());
         }
@@ -93,10 +105,14 @@ impl Keeper {
         self.store.notify(Message::new().ready().main_pid(std::process::id()));
     }
 
-    /// Tells the supervisor that another process serves.
-    pub(super) fn replaced(&mut self, by: Option<u32>) {
-        if let Some(pid) = by {
+    /// Another process serves. The supervisor is told which; of one that is not its own it is told nothing.
+    pub(super) fn replaced(mut self, by: &TakenBy) {
+        if by.outsider {
+            return self.store.abandon(LEAVE_WITHIN);
+        }
+        if let Some(pid) = by.pid {
             self.store.notify(Message::new().main_pid(pid));
+            self.store.settle(LEAVE_WITHIN);
         }
     }
 
@@ -137,7 +153,7 @@ impl Keeper {
         let clients = switchboard.room().listeners().count();
         let is_due = |(told, at): (usize, Instant)| told != clients && at + STATUS_EVERY <= now;
         if self.status.is_none_or(is_due) {
-            self.store.notify(Message::new().status(&format!("clients: {clients}")));
+            self.store.notify(Message::new().status(&self.status_of(clients)));
             self.status = Some((clients, now));
         }
         if let Some((interval, at)) = &mut self.watchdog
@@ -147,6 +163,17 @@ impl Keeper {
             self.store.notify(Message::new().watchdog());
         }
         self.store.flush();
+    }
+
+    /// Tells of takeovers what is to be told.
+    pub(super) fn tell<A>(&mut self, incumbent: &Incumbent<A>, clients: usize) {
+        for message in self.reloads.turn(incumbent) {
+            self.store.notify(message.status(&self.status_of(clients)));
+        }
+    }
+
+    fn status_of(&self, clients: usize) -> String {
+        self.reloads.status(&format!("clients: {clients}"))
     }
 
     /// When a turn has something to do though nothing has happened.
@@ -177,6 +204,21 @@ impl Keeper {
         self.store.is_waiting()
     }
 
+    /// Whether everything survives this process: there is a journal, and somebody who keeps it.
+    pub(super) fn is_left(&self) -> bool {
+        self.journal.is_some() && self.store.has_supervisor()
+    }
+
+    /// Leaves everything, and whoever is still arriving, to the next process.
+    pub(super) fn leave(&mut self) {
+        self.store.notify(Message::new().stopping());
+        if !self.store.settle(LEAVE_WITHIN) {
+            tracing::error!(
+                "the supervisor does not read what it is told: connections that it was not given end"
+            );
+        }
+    }
+
     /// Forgets everything: the server is stopped, and has ended its connections.
     pub(super) fn clear(&mut self, listener: ItemId, switchboard: &mut Switchboard) {
         switchboard.take_ended().into_iter().for_each(|id| self.remove(id));
@@ -184,6 +226,7 @@ impl Keeper {
         if let Some(id) = self.journal.take() {
             self.remove(id);
         }
+        self.store.settle(LEAVE_WITHIN);
     }
 
     fn remove(&mut self, id: ItemId) {

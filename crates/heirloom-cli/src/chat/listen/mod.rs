@@ -52,7 +52,7 @@ pub(super) fn run(args: &Args) -> Result<Exit, Failure> {
     let path = args.target.path("chat-listen", &args.address)?;
     let replace = args.replace.into();
     let service = service(&args.address);
-    let config = Config { limits: handover::limits(), ..Config::default() };
+    let config = Config { limits: handover::limits(), force: args.force, ..Config::default() };
     let server = loop {
         match heirloom::start::<NoRequests>(&path, service.clone(), config.clone(), replace)? {
             Start::Fresh(incumbent) => {

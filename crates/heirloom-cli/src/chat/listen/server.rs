@@ -50,6 +50,8 @@ enum Next {
     Go,
     /// Ends; nobody serves any more.
     Stop,
+    /// Ends; the next process goes on with everything.
+    Leave,
     /// Ends; everything is somebody else's, and is closed plainly.
     Replaced,
 }
@@ -119,8 +121,10 @@ impl Server {
     /// Serves until the server is replaced, stopped, or fails.
     pub(super) fn run(mut self) -> Result<Exit, Failure> {
         let next = self.serve();
-        if let Ok(Next::Stop) = next {
-            self.house.end();
+        match next {
+            Ok(Next::Stop) => self.house.end(),
+            Ok(Next::Leave) => self.house.leave(),
+            _ => {}
         }
         // Does nothing if somebody else serves by now.
         self.incumbent.retire();
@@ -135,10 +139,11 @@ impl Server {
         loop {
             self.wait(&mut events)?;
             let mut next = self.look(&events);
-            self.house.work(Instant::now(), self.stopping.is_none());
+            self.house.work(Instant::now(), self.stopping.is_none() && next == Next::Go);
             if next == Next::Go {
                 next = self.answer(&events)?;
             }
+            self.house.tell(&self.incumbent);
             if next == Next::Go {
                 next = self.go_on();
             }
@@ -169,11 +174,10 @@ impl Server {
             match event.token() {
                 // The store takes more: it is tried in each turn.
                 INCUMBENT | STORE => {}
-                SIGNALS => {
-                    if self.signalled() == Next::Stop {
-                        return Next::Stop;
-                    }
-                }
+                SIGNALS => match self.signalled() {
+                    Next::Go => {}
+                    end => return end,
+                },
                 listener if listener == token(self.house.listener) => self.house.door.knock(),
                 Token(id) => {
                     let readable = event.is_readable() || event.is_read_closed() || event.is_error();
@@ -192,13 +196,18 @@ impl Server {
         {
             tracing::warn!("no upgrade: {refusal}");
         }
-        if self.signals.take_stop() {
-            return self.stop();
+        if !self.signals.take_stop() {
+            return Next::Go;
         }
-        Next::Go
+        if self.stopping.is_none() && self.house.is_kept() {
+            // Whoever keeps it decides whether there is a next process.
+            self.incumbent.withdraw(Instant::now(), STOPPING);
+            return Next::Leave;
+        }
+        self.stop()
     }
 
-    /// A stop was asked for: empties the outboxes first; a second request ends the server at once.
+    /// The end for good was asked for: empties the outboxes first; a second request ends the server at once.
     fn stop(&mut self) -> Next {
         if self.stopping.is_some() {
             return Next::Stop;
@@ -295,7 +304,7 @@ impl Server {
     fn thaw(&mut self, outcome: Result<Outcome, HandoverError>) -> Result<Next, Failure> {
         match outcome {
             Ok(Outcome::Taken(by)) => {
-                self.house.replaced(by.pid);
+                self.house.replaced(&by);
                 tracing::info!("replaced by {by}");
                 return Ok(Next::Replaced);
             }

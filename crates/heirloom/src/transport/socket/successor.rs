@@ -35,6 +35,7 @@ use crate::protocol::{
     self, Cause, Reason, Step, SuccessorAction, SuccessorOutcome, ToIncumbent, ToSuccessor, WINDOW,
 };
 use crate::service::Service;
+use crate::store::LEDGER_NAME;
 
 /// How soon a packet that the kernel had no room for is tried again.
 const RETRY: Duration = Duration::from_millis(1);
@@ -619,6 +620,10 @@ impl Takeover {
         let mut bundle = std::mem::take(&mut self.bundle);
         let listener = bundle.take_id::<UnixListener>(ItemId::CONTROL);
         let listener = listener.map_err(|error| TakeoverError::Serving(io::Error::other(error)))?.descriptor;
+        if self.welcome.outsider {
+            // It tells of what another's supervisor holds.
+            drop(bundle.take_all::<OwnedFd>(LEDGER_NAME));
+        }
         // From now on those who connect are to see our credentials, not our ancestor's.
         relisten(&listener).map_err(TakeoverError::Serving)?;
         let Holding::Held(lock) = std::mem::replace(&mut self.lock, Holding::Moving) else {

@@ -20,6 +20,8 @@ pub(crate) struct Takeover {
     pub(crate) machine: protocol::Incumbent,
     pub(crate) channel: Channel,
     pub(crate) successor: Peer,
+    /// The successor is no part of this process's unit.
+    pub(crate) outsider: bool,
     pub(crate) hello: Hello,
     pub(crate) started: Instant,
     pub(crate) offered: Option<Offered>,
@@ -65,6 +67,7 @@ impl Takeover {
         machine: protocol::Incumbent,
         channel: Channel,
         successor: Peer,
+        outsider: bool,
         hello: Hello,
         look: Duration,
     ) -> Self {
@@ -72,6 +75,7 @@ impl Takeover {
             machine,
             channel,
             successor,
+            outsider,
             hello,
             started: Instant::now(),
             offered: None,
