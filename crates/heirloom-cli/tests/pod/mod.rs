@@ -7,7 +7,7 @@
 use std::fs::{self, File, Permissions};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -27,6 +27,10 @@ pub(crate) const CONTROL: &str = "/shared/chat.sock";
 
 /// What makes a pod's root directory.
 const ROOT: &str = include_str!("root.sh");
+/// Mounts a directory with its users mapped.
+const IDMAPPED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/programs/idmapped.py");
+/// A script begins with this, for the program is not in its PATH.
+const HEIRLOOM: &str = "heirloom() { /program \"$@\"; }; ";
 /// What a node does until it is let go: it waits for the end of its input.
 const HOLD: &str = "mount -t tmpfs tmpfs /run && ip link set lo up && echo ready && exec cat";
 
@@ -41,7 +45,7 @@ pub(crate) struct Node {
 impl Node {
     /// Makes a node, whose network this thread enters, and with it the threads and processes that it starts from now on. `None`,
     /// said loudly, where there can be none.
-    pub(crate) fn start() -> Option<Node> {
+    pub(crate) fn new() -> Option<Node> {
         let missing: Vec<_> = ["unshare", "nsenter", "setpriv", "pivot_root", "ip"]
             .into_iter()
             .filter(|program| !have(program))
@@ -65,9 +69,7 @@ impl Node {
         enter(&network_of(&node.holder.id().to_string()));
         // Also for users who are nobody here.
         fs::set_permissions(node.scratch.path(""), Permissions::from_mode(0o711)).expect("chmod");
-        fs::create_dir(node.shared()).expect("mkdir");
-        fs::set_permissions(node.shared(), Permissions::from_mode(0o700)).expect("chmod");
-        node.share_with(USER);
+        node.directory("shared");
         fs::create_dir(node.scratch.path("root")).expect("mkdir");
         // Where every user can run it.
         fs::copy(this_program(), node.program()).expect("copy");
@@ -75,14 +77,18 @@ impl Node {
         Some(node)
     }
 
+    /// Makes a directory for pods.
+    pub(crate) fn directory(&self, name: &str) -> PathBuf {
+        let path = self.scratch.path(name);
+        fs::create_dir(&path).expect("mkdir");
+        fs::set_permissions(&path, Permissions::from_mode(0o700)).expect("chmod");
+        chown(&path, Some(USER), Some(USER)).expect("chown");
+        path
+    }
+
     /// The directory that the pods share, as the node sees it.
     pub(crate) fn shared(&self) -> PathBuf {
         self.scratch.path("shared")
-    }
-
-    /// Makes the shared directory one of this user of the node's.
-    pub(crate) fn share_with(&self, uid: u32) {
-        chown(self.shared(), Some(uid), Some(uid)).expect("chown");
     }
 
     /// The control socket, as the node sees it.
@@ -118,11 +124,9 @@ impl Node {
         self.ip(&format!("link del pod{}", network.number));
     }
 
-    /// The network of a pod, as `/proc` calls it.
-    pub(crate) fn id_of(&self, network: &Network) -> PathBuf {
-        let file = File::open(self.path_of(network)).expect("it has a name");
-        let inode = std::os::unix::fs::MetadataExt::ino(&file.metadata().expect("fstat"));
-        PathBuf::from(format!("net:[{inode}]"))
+    /// The network of a pod, as long as it has a name.
+    pub(crate) fn namespace_of(&self, network: &Network) -> Namespace {
+        Namespace::open("net", &self.path_of(network))
     }
 
     fn path_of(&self, network: &Network) -> PathBuf {
@@ -133,11 +137,7 @@ impl Node {
         let mut command = self.enter_mounts();
         command.arg("ip").args(arguments.split(' '));
         let output = command.stdin(Stdio::null()).output().expect("nsenter can be started");
-        assert!(
-            output.status.success(),
-            "ip {arguments}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// A command in the node's mount namespace; this thread is in its network already.
@@ -154,8 +154,24 @@ impl Node {
         self.pod_of(spec, &program)
     }
 
-    /// Starts a pod that runs this command, which is what every other file of the pod's is not: its own.
+    /// Starts a pod that runs a script, to which the program is `heirloom`.
+    pub(crate) fn script(&self, spec: Spec, script: &str) -> Pod {
+        let script = format!("{HEIRLOOM}{}", script.replace("exec heirloom", "exec /program"));
+        self.start(spec, &self.program(), Command::new("sh").args(["-c", &script]))
+    }
+
+    /// Starts a pod that runs another program than the one under test.
     pub(crate) fn pod_of(&self, spec: Spec, program: &Command) -> Pod {
+        let mut command = Command::new("/program");
+        command.args(program.get_args());
+        for (name, value) in program.get_envs() {
+            command.env(name, value.expect("it is set"));
+        }
+        self.start(spec, program.get_program().as_ref(), &command)
+    }
+
+    /// Starts a pod with a program, that runs a command.
+    fn start(&self, spec: Spec, program: &Path, run: &Command) -> Pod {
         let mut command = self.enter_mounts();
         if let Some(network) = spec.network {
             command.arg(format!("--net={}", self.path_of(network).display()));
@@ -163,14 +179,15 @@ impl Node {
         command
             .args(["unshare", "--pid", "--mount", "--ipc", "--uts", "--propagation=private"])
             .args(["--fork", "--kill-child", "sh", "-c", ROOT, "sh"])
-            .args([&self.scratch.path("root"), Path::new(program.get_program()), &self.shared()])
+            .args([&self.scratch.path("root"), program, &self.shared()])
+            .arg(USER.to_string())
+            .arg(if spec.idmapped { IDMAPPED } else { "" })
+            .arg(spec.own.unwrap_or("".as_ref()))
             .args([spec.host_uid.to_string(), spec.uid.to_string()])
-            .arg("/program")
-            .args(program.get_args())
+            .arg(run.get_program())
+            .args(run.get_args())
+            .envs(run.get_envs().filter_map(|(name, value)| Some((name, value?))))
             .current_dir("/");
-        program.get_envs().for_each(|(name, value)| {
-            command.env(name, value.expect("it is set"));
-        });
         Pod { process: Process::start(&mut command) }
     }
 
@@ -238,11 +255,15 @@ pub(crate) struct Spec<'a> {
     pub(crate) host_uid: u32,
     /// Who its user is to itself.
     pub(crate) uid: u32,
+    /// What is [`USER`]'s in the shared directory is its own to it, whoever it is to the node.
+    pub(crate) idmapped: bool,
+    /// A directory of its own, which outlives its processes.
+    pub(crate) own: Option<&'a Path>,
 }
 
 impl Default for Spec<'_> {
     fn default() -> Self {
-        Spec { network: None, host_uid: USER, uid: 1000 }
+        Spec { network: None, host_uid: USER, uid: 1000, idmapped: false, own: None }
     }
 }
 
@@ -277,37 +298,56 @@ impl Pod {
         signal(self.init(), what);
     }
 
-    /// Runs a command in it as its user, as `kubectl exec` does.
-    pub(crate) fn exec(&self, spec: Spec, command: &[&str]) -> Process {
-        let init = self.init();
+    /// Runs a script in it as its user, to which the program is `heirloom`, and waits for its end.
+    pub(crate) fn exec(&self, spec: Spec, script: &str) -> Process {
         let mut entering = Command::new("nsenter");
-        entering
-            .args([format!("--target={init}"), "--mount".into(), "--pid".into(), "--net".into()])
-            .args(["setpriv".into(), format!("--reuid={}", spec.host_uid), format!("--regid={}", spec.host_uid)])
-            .arg("--clear-groups")
-            .args(command);
+        entering.arg(format!("--target={}", self.init())).args(["--mount", "--pid", "--net", "setpriv"]);
+        entering.args([format!("--reuid={}", spec.host_uid), format!("--regid={}", spec.host_uid)]);
+        entering.args(["--clear-groups", "sh", "-c", &format!("{HEIRLOOM}{script}")]);
         let mut entered = Process::start(&mut entering);
         entered.wait();
         entered
     }
 
-    /// Its own namespaces, as `/proc` calls them.
-    pub(crate) fn namespaces(&self) -> Vec<PathBuf> {
+    /// Its own namespaces, but for its network.
+    pub(crate) fn namespaces(&self) -> Vec<Namespace> {
         let init = self.init();
-        let ours = |kind: &str| fs::read_link(format!("/proc/self/ns/{kind}")).expect("it is ours");
-        let of = |kind| fs::read_link(format!("/proc/{init}/ns/{kind}")).expect("the pod runs");
-        let namespaces: Vec<_> = ["pid", "mnt", "user"].into_iter().map(|kind| (ours(kind), of(kind))).collect();
-        namespaces.into_iter().inspect(|(ours, its)| assert_ne!(ours, its)).map(|(_, its)| its).collect()
+        let of = |process: &str, kind| Namespace::open(kind, format!("/proc/{process}/ns/{kind}").as_ref());
+        let own = |kind| {
+            let own = of(&init.to_string(), kind);
+            assert_ne!(own.name, of("self", kind).name, "it is the node's");
+            own
+        };
+        ["pid", "mnt", "user"].into_iter().map(own).collect()
     }
 }
 
-/// Whether any process is in a namespace.
-pub(crate) fn has_a_process(namespace: &Path) -> bool {
-    let kind = namespace.to_str().and_then(|name| name.split(':').next()).expect("kind:[inode]");
-    let processes = fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
-    processes
-        .filter_map(|process| fs::read_link(process.path().join("ns").join(kind)).ok())
-        .any(|its| its == namespace)
+/// A namespace, held open, so that no other one gets its number.
+pub(crate) struct Namespace {
+    kind: &'static str,
+    /// As it is called in `/proc`.
+    name: PathBuf,
+    _held: File,
+}
+
+impl Namespace {
+    fn open(kind: &'static str, path: &Path) -> Namespace {
+        let held = File::open(path).expect("the namespace is there");
+        let name = format!("{kind}:[{}]", held.metadata().expect("fstat").ino()).into();
+        Namespace { kind, name, _held: held }
+    }
+
+    /// Fails if a process is in it.
+    #[track_caller]
+    pub(crate) fn assert_empty(&self) {
+        let in_it = |process: &Path| {
+            fs::read_link(process.join("ns").join(self.kind)).is_ok_and(|name| name == self.name)
+        };
+        let processes =
+            fs::read_dir("/proc").expect("/proc").filter_map(|process| Some(process.ok()?.path()));
+        let left: Vec<_> = processes.filter(|process| in_it(process)).collect();
+        assert!(left.is_empty(), "in {}: {left:?}", self.name.display());
+    }
 }
 
 fn network_of(process: &str) -> File {

@@ -73,9 +73,9 @@ impl Ear {
 
     #[track_caller]
     fn announced(&mut self, announcement: &str) {
-        let came = announcement.split_once(" is connected as <").and_then(|(address, name)| {
-            address.parse::<IpAddr>().ok().and(name.strip_suffix(">."))
-        });
+        let came = announcement
+            .split_once(" is connected as <")
+            .and_then(|(address, name)| address.parse::<IpAddr>().ok().and(name.strip_suffix(">.")));
         let left = announcement.strip_prefix('<').and_then(|a| a.strip_suffix("> is disconnected."));
         match (came, left) {
             (Some(name), None) => {
