@@ -79,6 +79,9 @@ fn a_new_pod_takes_over_and_the_old_network_goes_on() {
     let status = node.wait_for_generation(1);
     assert_eq!((status.pid, status.last_takeover.expect("one").peer_pid), (1, None));
 
+    let new_address = SocketAddr::new(networks[1].address().into(), address.port());
+    TcpStream::connect(new_address).expect_err("the listener is in the old pod's network, and only there");
+
     node.namespace_of(&networks[0]).assert_empty();
     node.forget(&networks[0]);
     talk.wait_for_progress();
@@ -88,8 +91,11 @@ fn a_new_pod_takes_over_and_the_old_network_goes_on() {
     assert_eq!(lost, 0, "not let in");
     visitors.extend(more);
     assert_heard(&talk.finish(), &visitors);
+    assert!(node.is_plugged(&networks[0]));
     new.signal(Signal::TERM);
     new.process.wait_for_code(0);
+    wait_for("the old network to end with its last socket", || !node.is_plugged(&networks[0]));
+    assert!(node.is_plugged(&networks[1]), "it has a name");
 }
 
 /// What is lost when a network plugin takes the pod's link away with the pod: everybody on it. Nobody is told, on either side.
@@ -216,6 +222,10 @@ fn pods_of_different_users_do_not_trust_each_other() {
     new.process.wait_for_code(1);
     let said = new.process.stderr();
     assert!(said.contains("uid 65534"), "{said}");
+
+    // The node's root is nobody to them either.
+    let asked = node.ask_as(0, &["status"]);
+    assert!(asked.stderr().contains("may not ask here"), "{}", asked.stderr());
 
     guest.say("here\n");
     wait_for("it to be heard", || node.status().counters["lines_in"] == 1);

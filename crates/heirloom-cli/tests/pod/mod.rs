@@ -17,7 +17,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::support::guests::address_of;
 use crate::support::proc::{has_ended, only_child, signal};
-use crate::support::upgrading::this_program;
+use crate::support::upgrading::{install, this_program};
 use crate::support::{Process, Scratch, have, skip, wait_for};
 
 /// Who the pods of a node are to the node, unless it is said otherwise.
@@ -65,15 +65,13 @@ impl Node {
             skip(&format!("no namespaces can be made here: {}", holder.stderr()));
             return None;
         }
-        let node = Node { scratch: Scratch::new(), outside: network_of("self"), holder };
+        let node = Node { scratch: Scratch::new(), outside: network_of("thread-self"), holder };
         enter(&network_of(&node.holder.id().to_string()));
         // Also for users who are nobody here.
         fs::set_permissions(node.scratch.path(""), Permissions::from_mode(0o711)).expect("chmod");
         node.directory("shared");
         fs::create_dir(node.scratch.path("root")).expect("mkdir");
-        // Where every user can run it.
-        fs::copy(this_program(), node.program()).expect("copy");
-        fs::set_permissions(node.program(), Permissions::from_mode(0o755)).expect("chmod");
+        install(this_program(), &node.program(), "755");
         Some(node)
     }
 
@@ -122,6 +120,12 @@ impl Node {
     /// What a network plugin does at the end of a pod: the cable is gone.
     pub(crate) fn unplug(&self, network: &Network) {
         self.ip(&format!("link del pod{}", network.number));
+    }
+
+    /// Whether there is a way from the node into a pod's network. It goes with the network.
+    pub(crate) fn is_plugged(&self, network: &Network) -> bool {
+        let links = fs::read_to_string("/proc/thread-self/net/dev").expect("the node's links");
+        links.contains(&format!("pod{}:", network.number))
     }
 
     /// The network of a pod, as long as it has a name.
@@ -177,7 +181,7 @@ impl Node {
             command.arg(format!("--net={}", self.path_of(network).display()));
         }
         command
-            .args(["unshare", "--pid", "--mount", "--ipc", "--uts", "--propagation=private"])
+            .args(["unshare", "--pid", "--mount", "--ipc", "--uts", "--cgroup", "--propagation=private"])
             .args(["--fork", "--kill-child", "sh", "-c", ROOT, "sh"])
             .args([&self.scratch.path("root"), program, &self.shared()])
             .arg(USER.to_string())
@@ -351,8 +355,6 @@ impl Namespace {
 }
 
 fn network_of(process: &str) -> File {
-    // The thread's own, which need not be the process's.
-    let process = if process == "self" { "thread-self" } else { process };
     File::open(format!("/proc/{process}/ns/net")).expect("it has a network")
 }
 
