@@ -121,7 +121,7 @@ fn a_chat_server_keeps_its_clients() {
     }
     drop(talkers);
     wait_for("nothing of them to be stored", || systemd.stored(SERVER) == OWN);
-    assert_eq!(systemd.property(SERVER, "StatusText"), "clients: 0");
+    wait_for("systemd to be told so", || systemd.property(SERVER, "StatusText") == "clients: 0");
 }
 
 #[test]
@@ -218,4 +218,41 @@ fn a_reload_that_fails_changes_nothing() {
             && journal.contains("cannot take over, and the incumbent serves on"),
         "{journal}"
     );
+}
+
+/// Who is not in the unit is refused, and told what to do. If it insists, it is replaced by the next process of the unit.
+#[test]
+fn a_process_outside_of_the_unit() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    // Another user could not even try.
+    systemd.drop_in(SERVER, "[Service]\nDynamicUser=no\n");
+    systemd.ctl(&["start", SERVER]);
+    let control = control(&systemd, SERVER);
+    let mut guests = [Guest::join(systemd.address), Guest::join(systemd.address)];
+    guests[0].line();
+    let before = status(&control);
+    let address = systemd.address.to_string();
+    let path = format!("/run/{}/control.sock", name(SERVER));
+    let by_hand = ["heirloom", "chat", "--listen", &address, "--control", &path];
+    let refused = systemd.output(&by_hand);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(4), "{why}");
+    for part in [SERVER, "could start a rival", "systemctl reload heirloom-chat-server.service", "--force"] {
+        assert!(why.contains(part), "{part:?} is not in {why}");
+    }
+    systemd.wait_until_settled(SERVER, &control);
+    assert_eq!(status(&control).pid, before.pid);
+
+    let mut outsider = Process::start(systemd.command(&by_hand).arg("--force"));
+    outsider.wait_for_code(0);
+    systemd.wait_until_settled(SERVER, &control);
+    assert_eq!(status(&control).generation, before.generation + 2, "{}", outsider.stderr());
+    guests[0].say("still here\n");
+    guests[1].hears(&[&format!("<{}> still here", guests[0].name)]);
+    // It was handed over without the store, and is in it again.
+    wait_for("the store to be right", || systemd.stored(SERVER) == 2 + OWN);
+    systemd.kill_main(SERVER);
+    guests[0].say("and here\n");
+    guests[1].hears(&[&format!("<{}> and here", guests[0].name)]);
 }
