@@ -2,18 +2,20 @@
 # Boots a real systemd as PID 1 of namespaces of its own, over this machine's files, runs a command beside it, and takes all of it
 # down when the command ends. Whatever is written inside goes to memory. Needs root, util-linux, systemd and a cgroup2 mount.
 #
-#   systemd-box.sh [--share DIR] [--pid-file FILE] [--private-network] [COMMAND ARGUMENT…]     (a shell by default)
+#   systemd-box.sh [--root DIR] [--share DIR] [--pid-file FILE] [--private-network] [COMMAND ARGUMENT…]     (a shell by default)
 #
-# DIR of this machine is /share inside. FILE gets the PID of that systemd as this machine sees it, for nsenter(1). The network is
+# With --root it is the systemd, and the files, of another system that is installed in DIR, such as debootstrap(8) makes.
+# DIR of --share is /share inside. FILE gets the PID of that systemd as this machine sees it, for nsenter(1). The network is
 # this machine's unless --private-network is given. The exit code is the command's; 77: no systemd can be booted here.
 set -eu
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
 
 boot() {
-    share= pid_file= network=
+    root=/ share= pid_file= network=
     while [ $# -gt 0 ]; do
         case $1 in
+            --root) root=$(realpath "$2"); shift 2 ;;
             --share) share=$(realpath "$2"); shift 2 ;;
             --pid-file) pid_file=$2; shift 2 ;;
             --private-network) network=--net; shift ;;
@@ -24,7 +26,7 @@ boot() {
         esac
     done
     [ "$(id -u)" = 0 ] || unable "it takes root to make namespaces"
-    for program in unshare nsenter setsid /lib/systemd/systemd; do
+    for program in unshare nsenter setsid findmnt "$root/lib/systemd/systemd"; do
         command -v "$program" >/dev/null || unable "$program is not installed"
     done
     cgroup=$(findmnt -n -t cgroup2 -o TARGET | head -n 1)
@@ -41,7 +43,7 @@ boot() {
     # shellcheck disable=SC2086
     sh -c 'echo 0 >"$1/cgroup.procs"; shift; exec "$@"' - "$cgroup" \
         setsid unshare --mount --uts --ipc --pid --cgroup $network --fork --kill-child --propagation private \
-        sh "$0" _inside "$state" "$share" </dev/null >"$state/console" 2>&1 &
+        sh "$0" _inside "$state" "$root" "$share" </dev/null >"$state/console" 2>&1 &
     box=$!
     wait_until_booted
     if [ -n "$pid_file" ]; then
@@ -87,11 +89,11 @@ take_down() {
 
 # What runs in the new namespaces, as their first process: makes the root, and becomes systemd.
 inside() {
-    state=$1 share=$2 layers=$1/layers
+    state=$1 system=$2 share=$3 layers=$1/layers
     mount -t tmpfs -o mode=755 box "$layers"
     mkdir "$layers/written" "$layers/work" "$layers/root"
     root=$layers/root
-    mount -t overlay -o "lowerdir=/,upperdir=$layers/written,workdir=$layers/work" box "$root"
+    mount -t overlay -o "lowerdir=$system,upperdir=$layers/written,workdir=$layers/work" box "$root"
 
     # Nothing of this machine's is started: neither what its administrator has enabled, nor what systemd has by default, but for
     # the journal and the bus.
