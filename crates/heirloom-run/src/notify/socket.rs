@@ -44,6 +44,15 @@ impl NotifySocket {
         NotifySocket { socket, buffer: Box::new([0; LONGEST]) }
     }
 
+    /// Whether what is sent to a path arrives at this socket, whose address may be that of a file that is gone.
+    pub(crate) fn is_at(socket: &OwnedFd, path: &Path) -> bool {
+        let named = rustix::net::SocketAddrUnix::new(path)
+            .is_ok_and(|path| rustix::net::getsockname(socket).is_ok_and(|name| name == path.into()));
+        // Under the service lock there is no other that could be bound there.
+        let reached = || UnixDatagram::unbound().and_then(|other| other.connect(path)).is_ok();
+        named && reached()
+    }
+
     /// The next message, if there is one: its bytes, and all that came along.
     pub(crate) fn receive(&mut self) -> io::Result<Option<(&[u8], Datagram)>> {
         match receive_datagram(&self.socket, &mut self.buffer[..]) {

@@ -1,7 +1,5 @@
 //! What the command says, and what follows from it.
 
-use std::os::fd::OwnedFd;
-
 use heirloom_sys::Datagram;
 
 use super::Core;
@@ -54,8 +52,8 @@ impl Core {
         } else if message.remove {
             self.remove(message.name.as_deref(), pid);
         } else if message.barrier {
-            // Everything before is done: that they are closed says so.
-            drop::<Vec<OwnedFd>>(descriptors);
+            // That they are closed says that everything before is done.
+            self.bar(descriptors, now);
         } else if !descriptors.is_empty() {
             self.refuse(format!("pid {pid}: descriptors came without FDSTORE=1, and are closed"));
         }
