@@ -383,6 +383,7 @@ impl Vault {
         self.refused && self.pages.is_empty()
     }
 
+    #[cfg(test)]
     pub(crate) fn kept(&self) -> usize {
         self.places.len()
     }

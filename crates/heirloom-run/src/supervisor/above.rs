@@ -12,18 +12,15 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::life::{Known, Phase, Then};
-use super::{Core, Listening, PREVIOUS};
+use super::{Core, Listening, NOTIFY, PREVIOUS};
 use crate::above::{Above, Holder, Lent, Record, Role};
 use crate::clock::Moment;
 use crate::error::RunError;
 use crate::notify::socket::NotifySocket;
 use crate::options::Command;
 
-/// How long a barrier waits for a supervisor above that does not read.
-const BARRIER_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How many barriers wait at a time.
-const MOST_BARRIERS: usize = 64;
+/// How long the command waits for a supervisor above that does not read.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the supervisor above was told last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -206,6 +203,7 @@ impl Core {
 
     /// Begins: starts the command, but when processes of before have ended.
     pub(super) fn begin(&mut self, now: Moment) -> Result<(), crate::start::StartFailure> {
+        self.phase = Phase::Clearing { kill_at: Some(now.after(self.options.stop_timeout)) };
         // What they have said before this process was there to hear it.
         self.read_messages(self.queue);
         if self.noted.previous.is_empty() {
@@ -213,7 +211,6 @@ impl Core {
         }
         tracing::warn!(pids = ?self.noted.previous, "processes of before are still there, and are told to end");
         self.tell_previous(Signal::TERM);
-        self.phase = Phase::Clearing { kill_at: Some(now.after(self.options.stop_timeout)) };
         Ok(())
     }
 
@@ -297,32 +294,40 @@ impl Core {
         }
     }
 
-    /// A barrier: it is answered, by closing it, when all that came before is done, and in the vault.
-    pub(super) fn bar(&mut self, mut barrier: Vec<OwnedFd>, now: Moment) {
-        if !self.above.as_ref().is_some_and(Above::has_vault) {
-            return;
-        }
-        barrier.truncate(1);
-        self.barriers.append(&mut barrier);
-        if self.barriers.len() >= MOST_BARRIERS {
-            self.settle(now);
-            self.barriers.clear();
-        }
-    }
-
-    /// Has the vault hold what is held here, and answers barriers.
+    /// Has the vault hold what is held here. What was heard is done then, and barriers are answered.
     pub(super) fn settle(&mut self, now: Moment) {
         let behind = self.with_above(|above, core| {
             above.settle(core);
             above.is_behind()
         });
-        if behind != Some(true) || self.barriers.is_empty() {
-            self.barriers.clear();
-            self.barriers_until = None;
-        } else if *self.barriers_until.get_or_insert(now.after(BARRIER_PATIENCE)) <= now {
-            tracing::warn!("the supervisor above does not read: what is stored is not yet kept by it");
-            self.barriers.clear();
-            self.barriers_until = None;
+        match behind {
+            Some(true) if *self.behind_until.get_or_insert(now.after(PATIENCE)) > now => {
+                self.hear_more(false);
+            }
+            Some(true) => {
+                if !std::mem::replace(&mut self.impatient, true) {
+                    tracing::warn!("the supervisor above does not read: not all that is held is kept by it");
+                }
+                self.hear_more(true);
+            }
+            _ => {
+                self.behind_until = None;
+                self.impatient = false;
+                self.hear_more(true);
+            }
+        }
+    }
+
+    /// Whether more messages are to be heard; then those that were heard are done.
+    fn hear_more(&mut self, more: bool) {
+        if more {
+            self.notify.done();
+        }
+        if more == self.deaf {
+            self.deaf = !more;
+            let interest = if more { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+            let token = epoll::EventData::new_u64(NOTIFY);
+            let _ = epoll::modify(&self.epoll, &self.notify, token, interest);
         }
     }
 

@@ -204,11 +204,14 @@ impl Core {
     fn bare(
         options: Options,
         control: PathBuf,
-        notify: NotifySocket,
+        mut notify: NotifySocket,
         signal_mask: SignalMask,
         open_files: u64,
         above: Option<Above>,
     ) -> Result<Core, RunError> {
+        if above.as_ref().is_some_and(Above::has_vault) {
+            notify.look_only().map_err(RunError::io("look at messages"))?;
+        }
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|error| RunError::io("wait for events")(error.into()))?;
         Ok(Core {
@@ -253,8 +256,9 @@ impl Core {
             above,
             noted: Noted::default(),
             announced: Announced::default(),
-            barriers: Vec::new(),
-            barriers_until: None,
+            behind_until: None,
+            impatient: false,
+            deaf: false,
             ending: None,
             leaves: true,
             put_off: None,

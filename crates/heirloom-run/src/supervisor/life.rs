@@ -268,7 +268,10 @@ impl Core {
         let upgrade = self.upgrade_deadline();
         let above = self.above.as_ref().and_then(|above| above.next_timer());
         let put_off = self.put_off.map(|(_, at)| at);
-        [phase, fetches, upgrade, above, put_off, self.barriers_until].into_iter().flatten().min()
+        [phase, fetches, upgrade, above, put_off, self.behind_until.filter(|_| !self.impatient)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// By when it must have said that it is ready. An upgrade has a time of its own.

@@ -1,5 +1,7 @@
 //! What the command says, and what follows from it.
 
+use std::os::fd::OwnedFd;
+
 use heirloom_sys::Datagram;
 
 use super::Core;
@@ -52,8 +54,8 @@ impl Core {
         } else if message.remove {
             self.remove(message.name.as_deref(), pid);
         } else if message.barrier {
-            // That they are closed says that everything before is done.
-            self.bar(descriptors, now);
+            // That they are closed says that everything before is done; where they are only looked at, that is not yet it.
+            drop::<Vec<OwnedFd>>(descriptors);
         } else if !descriptors.is_empty() {
             self.refuse(format!("pid {pid}: descriptors came without FDSTORE=1, and are closed"));
         }

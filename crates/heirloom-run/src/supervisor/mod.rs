@@ -103,9 +103,10 @@ struct Core {
     above: Option<Above>,
     noted: Noted,
     announced: Announced,
-    /// Barriers that wait for the vault, and no longer than this.
-    barriers: Vec<OwnedFd>,
-    barriers_until: Option<Moment>,
+    /// The vault lacks something until the one above reads, and messages wait for that; no longer than this.
+    behind_until: Option<Moment>,
+    impatient: bool,
+    deaf: bool,
     ending: Option<Ending>,
     /// The vault is left as it is at the end: somebody may start this again.
     leaves: bool,
