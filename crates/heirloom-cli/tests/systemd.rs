@@ -182,7 +182,7 @@ fn a_chat_server_under_heirloom_run_keeps_its_clients() {
     let names: Vec<String> = guests.iter().map(|guest| guest.name.clone()).collect();
     let talk = Talk::start(guests, &names);
     let path = format!("/run/{}/run.sock", name(RUN));
-    let kill = |pid: u32| systemd.run(&["kill", "-KILL", &pid.to_string()]);
+    let kill = |pid: u32| systemd.run(&["sh", "-c", &format!("kill -KILL {pid}")]);
     /// What happens, and whether `heirloom run` and its command are other processes afterwards.
     type Happens<'s> = (&'s str, &'s dyn Fn(u32, u32), bool, bool);
     let events: [Happens<'_>; 7] = [
@@ -328,4 +328,36 @@ fn a_process_outside_of_the_unit() {
     systemd.kill_main(SERVER);
     guests[0].say("and here\n");
     guests[1].hears(&[&format!("<{}> and here", guests[0].name)]);
+}
+
+/// A stop is the end of all connections, unless the store is to outlive it, which systemd can from version 254 on.
+#[test]
+fn a_stop_with_a_store_that_is_preserved() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    systemd.drop_in(SERVER, "[Service]\nFileDescriptorStorePreserve=yes\n");
+    // As a unit that is enabled: one that nobody wants is forgotten when it is stopped.
+    systemd.drop_in("basic.target", &format!("[Unit]\nWants={SERVER}\n"));
+    systemd.ctl(&["start", SERVER]);
+    let control = control(&systemd, SERVER);
+    let mut guests = [Guest::join(systemd.address), Guest::join(systemd.address)];
+    guests[0].line();
+    systemd.ctl(&["stop", SERVER]);
+    let said = format!("<{}> while nobody served", guests[0].name);
+    if systemd.version() < 254 {
+        assert_eq!(systemd.stored(SERVER), 0);
+        assert_eq!(guests[0].try_line().unwrap_or(None), None, "disconnected");
+    } else {
+        assert_eq!(systemd.stored(SERVER), 2 + OWN);
+        guests[0].say("while nobody served\n");
+    }
+    systemd.ctl(&["start", SERVER]);
+    systemd.wait_until_settled(SERVER, &control);
+    if systemd.version() >= 254 {
+        guests[1].hears(&[&said]);
+        drop(guests);
+        wait_for("nothing of them to be stored", || systemd.stored(SERVER) == OWN);
+        systemd.ctl(&["stop", SERVER]);
+        systemd.ctl(&["clean", "--what=fdstore", SERVER]);
+    }
 }

@@ -145,6 +145,12 @@ impl Systemd {
         self.run(&[&["systemctl"], arguments].concat());
     }
 
+    /// Which systemd it is.
+    pub(crate) fn version(&self) -> u32 {
+        let said = self.run(&["systemctl", "--version"]);
+        said.split_whitespace().nth(1).and_then(|version| version.parse().ok()).expect("a version")
+    }
+
     /// What the journal has of a unit.
     pub(crate) fn journal(&self, unit: &str) -> String {
         self.run(&["journalctl", "--sync"]);
