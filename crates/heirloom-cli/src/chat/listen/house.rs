@@ -79,7 +79,7 @@ impl House {
         let switchboard = recover(stored, file, ids.next(), poll.registry().try_clone()?, backlog)?;
         let mut house = House { listener, door, switchboard, ids, keeper: None };
         if journal.is_some() {
-            tracing::info!(clients = house.clients(), "going on where the last process was killed");
+            tracing::info!(clients = house.clients(), "going on where the last process ended");
         }
         if let Some(store) = store {
             house.keep(store, service, journal, keeps_listener);
