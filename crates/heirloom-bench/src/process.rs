@@ -2,16 +2,20 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// How long a process may take to end by itself when nobody tells it anything any more.
+const END_WITHIN: Duration = Duration::from_secs(10);
+
 /// A process that was started, and is ended with this.
 pub(crate) struct Process {
     child: Child,
-    hears: ChildStdin,
+    hears: Option<ChildStdin>,
     says: BufReader<ChildStdout>,
 }
 
@@ -20,20 +24,24 @@ impl Process {
     pub(crate) fn start<S: AsRef<std::ffi::OsStr>>(
         arguments: impl IntoIterator<Item = S>,
     ) -> anyhow::Result<Process> {
-        let mut child = Command::new(std::env::current_exe()?)
-            .args(arguments)
+        Self::start_by(Command::new(std::env::current_exe()?).args(arguments))
+    }
+
+    /// Starts a command that is, or leads to, a part of this program.
+    pub(crate) fn start_by(command: &mut Command) -> anyhow::Result<Process> {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot start a process of the measurement")?;
-        let hears = child.stdin.take().context("its stdin is a pipe")?;
+        let hears = child.stdin.take();
         let says = BufReader::new(child.stdout.take().context("its stdout is a pipe")?);
         Ok(Process { child, hears, says })
     }
 
     /// Tells it what to do next.
     pub(crate) fn tell(&mut self, what: &impl Serialize) -> anyhow::Result<()> {
-        write_line(&mut self.hears, what)
+        write_line(self.hears.as_mut().context("its stdin is a pipe")?, what)
     }
 
     /// Waits for what it says next.
@@ -53,7 +61,12 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It has ended already, unless the measurement has.
+        // It has ended already, unless the measurement has. One that has something to clear away ends with its stdin.
+        self.hears = None;
+        let give_up = Instant::now() + END_WITHIN;
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < give_up {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,11 +1,14 @@
-//! The store: what it costs a program to put descriptors into the store of `heirloom run` and to remove them again.
+//! The store: what it costs a program to put descriptors into the store of `heirloom run` or of systemd, and to remove them
+//! again.
 //!
-//! Three processes in each of two ways: the keeper, its child, which puts and removes, and this one, which tells it when. The
-//! floor's keeper only receives each datagram, and keeps or closes the descriptor that came.
+//! Three processes in each way: the keeper, its child, which puts and removes, and this one, which tells it when. The floor's
+//! keeper only receives each datagram, and keeps or closes the descriptor that came. systemd is a real one in namespaces of
+//! its own (`scripts/systemd-box.sh`), and the child a transient unit there.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -20,7 +23,12 @@ use crate::process::{Process, now, say, told};
 /// How many descriptors are held.
 pub(crate) const HELD: [usize; 5] = [10, 100, 1000, 5000, 15_000];
 /// How long a keeper may take for all of it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
+/// With more descriptors than these systemd is asked once: that takes it seconds.
+const OFTEN: usize = 1000;
+
+/// What boots a systemd.
+const BOX: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/systemd-box.sh");
 
 /// What the child is to do.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -39,10 +47,16 @@ pub(crate) fn measure(counts: &[usize], rounds: usize) -> anyhow::Result<Vec<Mea
         let directory = tempfile::tempdir()?;
         let mut run = Keeper::start("run-keeper", directory.path(), count)?;
         let mut floor = Keeper::start("floor-keeper", directory.path(), count)?;
+        let mut systemd = Keeper::systemd(directory.path(), count)?;
         // At first: what was used once is not given back to the system.
         let memory = (vec![run.memory()?], vec![floor.memory()?]);
         let (mut puts, mut removals) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
-        for _ in 0..rounds {
+        let mut systemds = (Vec::new(), Vec::new());
+        for round in 0..rounds {
+            if let Some(systemd) = systemd.as_mut().filter(|_| count <= OFTEN || round == 0) {
+                systemds.0.push(systemd.ask(Task::Put)?);
+                systemds.1.push(systemd.ask(Task::Remove)?);
+            }
             puts.0.push(run.ask(Task::Put)?);
             puts.1.push(floor.ask(Task::Put)?);
             removals.0.push(run.ask(Task::Remove)?);
@@ -53,6 +67,13 @@ pub(crate) fn measure(counts: &[usize], rounds: usize) -> anyhow::Result<Vec<Mea
             (share(ours), share(floors))
         };
         let case = |what: &str| format!("{count} held, {what}");
+        if let Some(systemd) = systemd {
+            let beside = |theirs, floors: &Vec<u64>| each((theirs, floors.clone()));
+            let measured = |what, both| Measured::new("store", case(what), Unit::Nanoseconds, both);
+            all.push(measured("put, systemd", beside(systemds.0, &puts.1)));
+            all.push(measured("remove, systemd", beside(systemds.1, &removals.1)));
+            systemd.end()?;
+        }
         all.push(Measured::new("store", case("put"), Unit::Nanoseconds, each(puts)));
         all.push(Measured::new("store", case("remove"), Unit::Nanoseconds, each(removals)));
         all.push(Measured::new("store", case("memory each"), Unit::Bytes, each(memory)));
@@ -71,7 +92,37 @@ struct Keeper {
 impl Keeper {
     fn start(part: &str, directory: &Path, count: usize) -> anyhow::Result<Keeper> {
         let directory = directory.to_str().context("the path is no UTF-8")?;
-        let mut child = Process::start([part, directory, &count.to_string()])?;
+        Keeper::of(Process::start([part, directory, &count.to_string()])?)
+    }
+
+    /// A systemd, if one can be booted here. The directory is its to share.
+    fn systemd(directory: &Path, count: usize) -> anyhow::Result<Option<Keeper>> {
+        let can = Command::new(BOX).arg("true").stdin(Stdio::null()).status();
+        if !can.is_ok_and(|status| status.success()) {
+            eprintln!("systemd's store is left out: none can be booted here (it takes root, see {BOX})");
+            return Ok(None);
+        }
+        let program = directory.join("heirloom-bench");
+        std::fs::copy(std::env::current_exe()?, &program)?;
+        let limit = heirloom::descriptors::limit().to_string();
+        let mut command = Command::new(BOX);
+        command.arg("--share").arg(directory).args([
+            "systemd-run",
+            "--pipe",
+            "--wait",
+            "--quiet",
+            "--collect",
+        ]);
+        for property in
+            ["NotifyAccess=all", "FileDescriptorStoreMax=1048576", &format!("LimitNOFILE={limit}")]
+        {
+            command.args(["--property", property]);
+        }
+        command.args(["/share/heirloom-bench", "putter", &count.to_string()]);
+        Keeper::of(Process::start_by(&mut command)?).map(Some)
+    }
+
+    fn of(mut child: Process) -> anyhow::Result<Keeper> {
         child.tell(&Task::Keeper)?;
         let pid = child.said()?;
         Ok(Keeper { child, pid })
@@ -114,7 +165,7 @@ pub(crate) fn run_keeper(directory: &Path, count: usize) -> anyhow::Result<()> {
 pub(crate) fn floor_keeper(directory: &Path, count: usize) -> anyhow::Result<()> {
     let path = directory.join("floor");
     let socket = UnixDatagram::bind(&path)?;
-    let mut child = std::process::Command::new(std::env::current_exe()?)
+    let mut child = Command::new(std::env::current_exe()?)
         .args(["putter", &count.to_string()])
         .env("NOTIFY_SOCKET", &path)
         .spawn()?;

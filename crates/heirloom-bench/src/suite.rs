@@ -29,8 +29,8 @@ pub(crate) enum Suite {
     /// From the incumbent's last turn to the return of the successor's first poll; and the gap: the longest that each of
     /// 100 sampled connections, which ask as fast as they are answered, waits for an answer during a takeover
     Pause,
-    /// A descriptor's share of the time in which all are put into the store of `heirloom run`, or removed from it, from the
-    /// first message until the last is done with; and what a held one costs in memory
+    /// A descriptor's share of the time in which all are put into the store of `heirloom run` or of systemd, or removed from
+    /// it, from the first message until the last is done with; and what a held one costs in memory
     Store,
 }
 

@@ -174,6 +174,9 @@ fn table(status: &Status, now: SystemTime) -> String {
             row("ended", ended.clone());
         }
         row("store", format!("at most {}", supervised.limit));
+        if let Some(kept) = supervised.kept_above {
+            row("vault", format!("{kept} of {}", status.items.len()));
+        }
         for why in &supervised.refused {
             row("refused", why.clone());
         }
@@ -256,6 +259,7 @@ mod tests {
                 state: "ready".into(),
                 refused: vec!["\"a:b\" is no name".into()],
                 limit: 40,
+                kept_above: Some(1),
                 ..Supervised::default()
             }),
         };
@@ -271,6 +275,7 @@ mod tests {
             "/bin/echod -v",
             "ready, pid 8",
             "at most 40",
+            "1 of 1",
             "put by pid 44",
             "\"a:b\" is no name",
         ] {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use heirloom_run::{Command, Listen, Options, Restart};
+use heirloom_run::{Command, Listen, Options, Restart, StoreAbove};
 
 use crate::control::{RUNTIME_DIRECTORY, Target};
 use crate::exit::Exit;
@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// How often the command has to say that it is alive
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     watchdog: Option<Duration>,
+    /// Whether a supervisor above, systemd or another heirloom run, keeps what is held as well
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = StoreAboveArg::Auto)]
+    store_above: StoreAboveArg,
     /// The command says when it is ready, from its first start on; otherwise that is learned when it first does
     #[arg(long)]
     expect_ready: bool,
@@ -126,6 +129,12 @@ enum RestartArg {
     Never,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum StoreAboveArg {
+    Auto,
+    Never,
+}
+
 /// Runs until there is nothing more to run, and ends the program with the command's code.
 pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
     let mut command = args.command.into_iter();
@@ -144,6 +153,10 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
         stop_timeout: args.stop_timeout,
         start_timeout: args.start_timeout,
         watchdog: args.watchdog.filter(|every| !every.is_zero()),
+        store_above: match args.store_above {
+            StoreAboveArg::Auto => StoreAbove::Auto,
+            StoreAboveArg::Never => StoreAbove::Never,
+        },
         expect_ready: args.expect_ready,
         ..Options::new(Command::new(program, command))
     };

@@ -30,6 +30,9 @@ pub(crate) struct Args {
     /// Only find out whether the new program could take over
     #[arg(long)]
     dry_run: bool,
+    /// Print nothing on success
+    #[arg(long, short)]
+    quiet: bool,
     /// How long to wait for the outcome
     #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -59,6 +62,10 @@ takes longer than --timeout goes on; the status is then 1.",
     examples: &[
         ("heirloom upgrade --dry-run", "Finds out whether the program as it is installed now could take over."),
         ("heirloom upgrade --name mine --program ./heirloom", "Replaces the process whose control socket is called mine."),
+        (
+            "ExecReload=heirloom upgrade --quiet --control %t/%N/control.sock",
+            "Has systemctl reload do it, and leaves the unit's standard output alone.",
+        ),
     ],
     see_also: &["heirloom-chat(1)", "heirloom-inspect(1)", "heirloom-status(1)"],
     ..Page::EMPTY
@@ -78,10 +85,13 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
         dry_run: args.dry_run,
         generation: None,
     };
-    match ask(&path, request, args.timeout)? {
-        Upgraded::Replaced { before, now } => print_line(&replaced(&before, &now))?,
-        Upgraded::Checked(checked) => print_line(&could_be(&checked))?,
-        Upgraded::Supervised { before, now } => print_line(&supervised(&before, &now))?,
+    let outcome = match ask(&path, request, args.timeout)? {
+        Upgraded::Replaced { before, now } => replaced(&before, &now),
+        Upgraded::Checked(checked) => could_be(&checked),
+        Upgraded::Supervised { before, now } => supervised(&before, &now),
+    };
+    if !args.quiet {
+        print_line(&outcome)?;
     }
     Ok(Exit::Done)
 }

@@ -25,7 +25,7 @@ use support::*;
 const TALKERS: usize = 50;
 /// How often the server is replaced, unless the environment says otherwise.
 const HANDOVERS: u64 = 60;
-/// Before one replacement in so many a successor is killed.
+/// For each so many replacements a successor is killed. One that gets through before it is killed is made up for in the next rounds.
 const KILLED: u64 = 3;
 /// One replacement in so many is in place.
 const IN_PLACE: u64 = 5;
@@ -57,7 +57,8 @@ fn nothing_is_lost_and_nothing_grows() {
     let mut killer = Killer::new(&control);
     let (mut samples, mut in_place, mut pauses) = (Vec::new(), 0, Vec::new());
     for round in 0..handovers {
-        let killed = random.one_in(KILLED).then(|| killer.kill_one(&mut random, &mut generations));
+        let is_due = killer.kills() * KILLED <= round;
+        let killed = is_due.then(|| killer.kill_one(&mut random, &mut generations));
         let last = match killed {
             Some(Some(survivor)) => generations.replace(survivor),
             _ if random.one_in(IN_PLACE) => {

@@ -24,6 +24,7 @@ Options:
       --stop-timeout DURATION    Kill the command if it has not ended by then [default: 10s]
       --start-timeout DURATION   How long it has to say that it is ready, if it is one that does [default: 30s]
       --watchdog DURATION        How often it has to say that it is alive
+      --store-above WHEN         Whether a supervisor above keeps what is held as well: auto or never [default: auto]
       --expect-ready             It says when it is ready, from its first start on
   -h, --help                     Print this
   -V, --version                  Print the version
@@ -59,6 +60,7 @@ pub(crate) fn read(words: impl IntoIterator<Item = OsString>) -> Result<Asked, l
                 options.watchdog =
                     Some(parser.value()?.parse_with(parse_duration)?).filter(|every| !every.is_zero());
             }
+            Long("store-above") => options.store_above = parser.value()?.parse_with(str::parse)?,
             Long("expect-ready") => options.expect_ready = true,
             Short('h') | Long("help") => return Ok(Asked::Print(HELP.into())),
             Short('V') | Long("version") => {

@@ -61,6 +61,9 @@ pub enum RunError {
     /// What was carried over an upgrade in place does not make sense.
     #[error("was upgraded in place, and cannot go on with what was left: {0}")]
     Carried(String),
+    /// What a run before has left with the supervisor above cannot be gone on with. It is left there.
+    #[error("{0}; with --store-above never it begins without")]
+    Vault(String),
     /// A system call failed.
     #[error("cannot {what}: {source}")]
     Io {

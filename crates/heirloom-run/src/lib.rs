@@ -4,7 +4,8 @@
 //! [`run`] starts a [`Command`] and stays until there is nothing more to run. What the command stores survives its death;
 //! the next process gets it in `LISTEN_FDS`, or fetches it. An upgrade at the control socket starts a new version of the
 //! command, which takes over or gets the store, and the previous one again if that fails; run itself is upgraded in place,
-//! with everything that it holds. What is held ends with run: a SIGKILL of run closes it.
+//! with everything that it holds. Where there is a supervisor above, systemd or another run, that keeps what is held as well, so
+//! that it survives a SIGKILL of run; elsewhere that closes it.
 //!
 //! One thread and one epoll, and nothing that the command or anybody else does is waited for.
 //!
@@ -20,6 +21,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod above;
 mod backoff;
 mod clock;
 mod error;
@@ -35,5 +37,5 @@ mod supervisor;
 
 pub use error::RunError;
 pub use listen::{Address, Listen, ListenError};
-pub use options::{Command, Options, Restart, parse_duration};
+pub use options::{Command, Options, Restart, StoreAbove, parse_duration};
 pub use supervisor::run;

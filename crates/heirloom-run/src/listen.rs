@@ -134,6 +134,14 @@ impl Listen {
         bound.map_err(|source| ListenError::Bind { address: self.address.to_string(), source })
     }
 
+    /// Whether a socket that was bound for this before still is where it says.
+    pub(crate) fn is_there(&self) -> bool {
+        match &self.address {
+            Address::Unix(path) => fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket()),
+            Address::Tcp(_) | Address::Udp(_) => true,
+        }
+    }
+
     /// Removes what binding has left in the file system.
     pub(crate) fn clean_up(&self) {
         if let Address::Unix(path) = &self.address {

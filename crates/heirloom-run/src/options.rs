@@ -42,6 +42,8 @@ pub struct Options {
     pub start_timeout: Duration,
     /// How often it has to say that it is alive.
     pub watchdog: Option<Duration>,
+    /// Whether what is held is kept by the supervisor above as well.
+    pub store_above: StoreAbove,
     /// It says when it is ready. What is not known from the beginning is learned when it first does.
     pub expect_ready: bool,
 }
@@ -60,6 +62,7 @@ impl Options {
             stop_timeout: Duration::from_secs(10),
             start_timeout: Duration::from_secs(30),
             watchdog: None,
+            store_above: StoreAbove::default(),
             expect_ready: false,
         }
     }
@@ -140,6 +143,35 @@ pub enum Restart {
     Always,
     /// Never.
     Never,
+}
+
+/// Whether what is held is kept by the supervisor above as well, so that it survives a SIGKILL of run.
+///
+/// ```
+/// use heirloom_run::StoreAbove;
+///
+/// assert_eq!("never".parse(), Ok(StoreAbove::Never));
+/// assert_eq!(StoreAbove::default(), StoreAbove::Auto);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StoreAbove {
+    /// If there is one that keeps descriptors.
+    #[default]
+    Auto,
+    /// Never.
+    Never,
+}
+
+impl std::str::FromStr for StoreAbove {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<StoreAbove, String> {
+        match text {
+            "auto" => Ok(StoreAbove::Auto),
+            "never" => Ok(StoreAbove::Never),
+            _ => Err(format!("{text:?} is none of auto, never")),
+        }
+    }
 }
 
 impl std::str::FromStr for Restart {

@@ -54,6 +54,10 @@ impl Store {
         self.entries.len()
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// The length of all names, each with a separator.
     pub(crate) fn name_bytes(&self) -> usize {
         self.name_bytes

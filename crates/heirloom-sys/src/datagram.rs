@@ -46,6 +46,52 @@ struct Space([MaybeUninit<u8>; 2048]);
 ///
 /// Errors are those of `recvmsg(2)`; of kind `WouldBlock` when there is none.
 pub fn receive_datagram(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Datagram> {
+    receive(socket, buffer, 0)
+}
+
+/// Looks at one datagram, without waiting, and leaves it where it is: what comes along are duplicates. Which one is told by
+/// [`set_peek_offset`].
+///
+/// Errors are those of `recvmsg(2)`; of kind `WouldBlock` when there is none.
+///
+/// ```
+/// use std::os::unix::net::UnixDatagram;
+///
+/// let (ours, theirs) = UnixDatagram::pair()?;
+/// ours.send(b"first")?;
+/// ours.send(b"second")?;
+/// heirloom_sys::set_peek_offset(&theirs, Some(0))?;
+/// let mut buffer = [0; 64];
+/// assert_eq!(heirloom_sys::peek_datagram(&theirs, &mut buffer)?.bytes, 5);
+/// assert_eq!(heirloom_sys::peek_datagram(&theirs, &mut buffer)?.bytes, 6);
+/// assert!(heirloom_sys::peek_datagram(&theirs, &mut buffer).is_err(), "that was the last");
+/// assert_eq!(theirs.recv(&mut buffer)?, 5);
+/// # std::io::Result::Ok(())
+/// ```
+pub fn peek_datagram(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Datagram> {
+    receive(socket, buffer, libc::MSG_PEEK)
+}
+
+/// From which byte of the queue on is looked, and goes on with each look (`SO_PEEK_OFF`, socket(7)). None: always at the
+/// first message, as is usual.
+///
+/// Errors are those of `setsockopt(2)`.
+pub fn set_peek_offset(socket: impl AsFd, offset: Option<u32>) -> io::Result<()> {
+    let value: libc::c_int = offset.map_or(-1, |offset| offset.try_into().unwrap_or(libc::c_int::MAX));
+    // SAFETY: the pointer is to a live integer of the length that is said, which the kernel only reads.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const value).cast(),
+            mem::size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn receive(socket: impl AsFd, buffer: &mut [u8], more: libc::c_int) -> io::Result<Datagram> {
     // SAFETY: these take a length and compute with it.
     let needed = unsafe {
         libc::CMSG_SPACE((MOST * mem::size_of::<libc::c_int>()) as u32)
@@ -60,7 +106,7 @@ pub fn receive_datagram(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Data
     header.msg_iovlen = 1;
     header.msg_control = space.0.as_mut_ptr().cast();
     header.msg_controllen = space.0.len() as _;
-    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC | more;
     let bytes = loop {
         // SAFETY: the header points to live buffers of the lengths that it says, and the kernel writes within them.
         let bytes = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, flags) };

@@ -13,7 +13,7 @@ mod signals;
 mod spawn;
 mod tcp;
 
-pub use datagram::{Datagram, receive_datagram};
+pub use datagram::{Datagram, peek_datagram, receive_datagram, set_peek_offset};
 pub use exec::execve;
 pub use inherited::adopt;
 pub use kcmp::compare_files;

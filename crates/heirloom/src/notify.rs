@@ -268,6 +268,11 @@ pub fn watchdog_interval() -> Option<Duration> {
     number("WATCHDOG_USEC")?.ok().filter(|&usec| ours && usec > 0).map(Duration::from_micros)
 }
 
+/// Whether this process has a supervisor that wants to be told.
+pub(crate) fn is_supervised() -> bool {
+    std::env::var_os(NOTIFY_SOCKET).is_some_and(|address| !address.is_empty())
+}
+
 /// Waits for a descriptor until a time of [`clock::monotonic_ns`].
 fn wait(fd: impl AsFd, events: PollFlags, until: u64, limit: Duration) -> Result<(), NotifyError> {
     loop {

@@ -17,6 +17,7 @@ use crate::descriptors;
 use crate::incumbent::{Incumbent, Standby};
 use crate::lock::{LockError, LockFile, ServiceLock, lock_path};
 use crate::manifest::ServiceRecord;
+use crate::notify;
 use crate::peer::{Peer, Refused};
 use crate::protocol::{self, ToIncumbent};
 use crate::service::{Service, named};
@@ -90,6 +91,13 @@ pub enum StartError {
     /// [`Replace::Must`], and nobody is there.
     #[error("nobody answers at {}, so there is nothing to take over; start without requiring a takeover", .0.display())]
     Nobody(PathBuf),
+    /// An upgrade has started this process, and the incumbent has died. What it leaves is for the process that its supervisor
+    /// starts.
+    #[error(
+        "the incumbent at {} has died; its supervisor starts the next process, with everything that is stored, and this one, which was to be its successor, ends",
+        .0.display()
+    )]
+    Orphaned(PathBuf),
     /// [`Replace::Never`], and somebody is there.
     #[error("a process already serves at {}; let this one take over, or give it another path", .0.display())]
     AlreadyServed(PathBuf),
@@ -176,10 +184,8 @@ pub fn start<A: DeserializeOwned>(
     if let Some(preflight) = Preflight::of_this_process(path, &service, &config)? {
         return Ok(Start::Preflight(preflight));
     }
-    let replace = match Role::of_this_process() {
-        Some(Role::Successor { .. }) => Replace::Must,
-        _ => replace,
-    };
+    let is_successor = matches!(Role::of_this_process(), Some(Role::Successor { .. }));
+    let replace = if is_successor { Replace::Must } else { replace };
     prepare_directory(path)?;
     let patience = Instant::now() + PATIENCE;
     loop {
@@ -191,6 +197,9 @@ pub fn start<A: DeserializeOwned>(
                 None if Instant::now() < patience => {}
                 None => return Err(ClientError::Closed { path: path.into() }.into()),
             },
+            Err(ClientError::Nobody { .. }) if is_successor && notify::is_supervised() => {
+                return Err(StartError::Orphaned(path.into()));
+            }
             Err(ClientError::Nobody { .. }) if replace == Replace::Must => {
                 return Err(StartError::Nobody(path.into()));
             }

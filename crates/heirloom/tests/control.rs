@@ -458,15 +458,29 @@ mod paths {
     }
 
     #[test]
-    fn a_file_or_a_link_is_no_directory() {
+    fn a_file_is_no_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = prepare_directory(&file.join("s.sock")).unwrap_err();
+        assert!(matches!(error, PathError::NotADirectory { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_link_is_as_good_as_the_directory_unless_it_leads_nowhere_or_to_another() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
-        fs::write(at("file"), "").unwrap();
+        let prepare = |name: &str| prepare_directory(&at(name).join("s.sock"));
         fs::create_dir(at("real")).unwrap();
-        symlink(at("real"), at("link")).unwrap();
-        for name in ["file", "link"] {
-            let error = prepare_directory(&at(name).join("s.sock")).unwrap_err();
-            assert!(matches!(error, PathError::NotADirectory { .. }), "{error}");
+        symlink("real", at("link")).unwrap();
+        symlink(at("link"), at("second")).unwrap();
+        prepare("second").unwrap();
+        set_mode(&at("real"), 0o770);
+        assert!(matches!(prepare("second"), Err(PathError::Writable { .. })));
+        symlink("nothing", at("dangling")).unwrap();
+        symlink("round", at("round")).unwrap();
+        for name in ["dangling", "round"] {
+            prepare(name).expect_err(name);
         }
     }
 
@@ -480,6 +494,14 @@ mod paths {
         fs::create_dir(&theirs).unwrap();
         std::os::unix::fs::chown(&theirs, Some(12345), None).unwrap();
         let error = prepare_directory(&theirs.join("s.sock")).unwrap_err();
+        assert!(matches!(error, PathError::NotOurs { owner: 12345, .. }), "{error}");
+        // Nor may a link be another user's, even one to a directory of ours.
+        let (ours, link) = (directory.path().join("ours"), directory.path().join("link"));
+        fs::create_dir(&ours).unwrap();
+        symlink(&ours, &link).unwrap();
+        prepare_directory(&link.join("s.sock")).unwrap();
+        std::os::unix::fs::lchown(&link, Some(12345), None).unwrap();
+        let error = prepare_directory(&link.join("s.sock")).unwrap_err();
         assert!(matches!(error, PathError::NotOurs { owner: 12345, .. }), "{error}");
     }
 

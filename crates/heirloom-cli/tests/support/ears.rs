@@ -1,6 +1,7 @@
 //! What a guest hears, checked line by line: nothing lost, repeated, in disorder or torn.
 
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 
 /// What every line says, behind its number.
 pub(crate) const WORDS: &str = "and so they talked, until the end of the night";
@@ -72,8 +73,9 @@ impl Ear {
 
     #[track_caller]
     fn announced(&mut self, announcement: &str) {
-        let came =
-            announcement.strip_prefix("127.0.0.1 is connected as <").and_then(|a| a.strip_suffix(">."));
+        let came = announcement
+            .split_once(" is connected as <")
+            .and_then(|(address, name)| address.parse::<IpAddr>().ok().and(name.strip_suffix(">.")));
         let left = announcement.strip_prefix('<').and_then(|a| a.strip_suffix("> is disconnected."));
         match (came, left) {
             (Some(name), None) => {

@@ -7,6 +7,7 @@ pub(crate) mod guests;
 pub(crate) mod proc;
 pub(crate) mod random;
 pub(crate) mod supervised;
+pub(crate) mod systemd;
 pub(crate) mod talk;
 pub(crate) mod told;
 pub(crate) mod traffic;
@@ -62,6 +63,11 @@ impl Scratch {
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
+    }
+
+    /// Lets every user look for files in it whose names are known.
+    pub(crate) fn open_to_others(&self) {
+        std::fs::set_permissions(self.0.path(), std::fs::Permissions::from_mode(0o711)).expect("chmod");
     }
 }
 

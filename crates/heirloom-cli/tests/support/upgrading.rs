@@ -108,7 +108,7 @@ impl Scratch {
     }
 }
 
-fn install(from: &Path, to: &Path, mode: &str) {
+pub(crate) fn install(from: &Path, to: &Path, mode: &str) {
     let status = Command::new("install").args(["-m", mode]).arg(from).arg(to).status();
     assert!(status.expect("install can be started").success());
 }

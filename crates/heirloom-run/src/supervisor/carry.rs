@@ -15,11 +15,14 @@ use heirloom_sys::{SignalFd, SignalMask};
 use rustix::event::epoll;
 use serde::{Deserialize, Serialize};
 
+use super::above::{Announced, Ending, Left, Noted, unreadable};
 use super::keep::{Counters, store_max};
 use super::life::{Known, Phase};
 use super::process::Process;
 use super::{Core, Listening, signals};
+use crate::above::{Above, CarriedPage, Inherited};
 use crate::backoff::Backoff;
+use crate::clock::Moment;
 use crate::error::RunError;
 use crate::exit::Ended;
 use crate::notify::socket::{NotifySocket, longest_queue, path_beside};
@@ -28,10 +31,16 @@ use crate::seldom::Seldom;
 use crate::store::Store;
 
 /// The form of the state that this version writes and reads.
-const FORM: u32 = 1;
+const FORM: u32 = 2;
+
+/// The oldest form that this version reads: without pages.
+const OLDEST: u32 = 1;
 
 /// The name of the notify socket among the items.
 const NOTIFY_NAME: &str = "heirloom.notify";
+
+/// That of both ends of a page of the vault.
+const PAGE_NAME: &str = "heirloom.page";
 
 /// The state.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -53,12 +62,19 @@ pub(super) struct Carried {
     notify: u64,
     /// The ids of the sockets that the command gets from the start; all other items are stored.
     listening: Vec<u64>,
+    /// Of the pages of the vault: their ids, and those of the items that are their inboxes and pens.
+    #[serde(default)]
+    pages: Vec<(u64, u64, u64)>,
+    #[serde(default)]
+    announced: Announced,
+    #[serde(default)]
+    ending: Option<Ending>,
 }
 
 impl Carried {
     /// Whether this version can go on with it.
     pub(super) fn is_readable(&self) -> bool {
-        self.form == FORM
+        (OLDEST..=FORM).contains(&self.form)
     }
 }
 
@@ -76,26 +92,56 @@ impl Core {
         control: PathBuf,
         signal_mask: SignalMask,
         open_files: u64,
+        inherited: Inherited,
     ) -> Result<Core, RunError> {
         let notify_path = path_beside(&control);
         heirloom::control::path::check_length(&notify_path)?;
-        let notify = NotifySocket::bind(&notify_path)
-            .map_err(|source| RunError::Notify { path: notify_path.clone(), source })?;
-        let mut core = Core::bare(options, control, notify, signal_mask, open_files)?;
-        core.notify_id = core.new_id();
-        for listen in core.options.listen.clone() {
-            match listen.bind() {
-                Ok(socket) => {
-                    let id = core.new_id();
-                    core.listening.push(Listening { id, name: listen.name, socket });
-                }
-                Err(error) => {
-                    let _ = std::fs::remove_file(&core.notify_path);
-                    return Err(error.into());
-                }
-            }
+        let mut above = Above::from_environment(options.store_above, Moment::now());
+        let mut left = Left::default();
+        if let Some(above) = &mut above {
+            left = Left::of(above.restore(inherited.pages).map_err(|error| unreadable(&error))?);
+            above.discard(&inherited.stale);
         }
+        let (number, notify) = match Core::adopt_notify(&notify_path, left.notify.take()) {
+            Some((number, notify)) => (Some(number), notify),
+            None => {
+                let bound = NotifySocket::bind(&notify_path);
+                (None, bound.map_err(|source| RunError::Notify { path: notify_path, source })?)
+            }
+        };
+        let mut listening = std::mem::take(&mut left.listening);
+        let mut core = Core::bare(options, control, notify, signal_mask, open_files, above)?;
+        core.take_left(left);
+        core.notify_id = number.unwrap_or_else(|| core.new_id());
+        if let Err(error) = core.listen(&mut listening) {
+            let _ = std::fs::remove_file(&core.notify_path);
+            return Err(error);
+        }
+        core.take_activated(inherited.sockets);
+        core.reconcile_vault();
         Ok(core)
+    }
+
+    /// Has the sockets that the options ask for: those that a run before has left, where it is the same option.
+    fn listen(&mut self, left: &mut Vec<(u64, String, OwnedFd)>) -> Result<(), RunError> {
+        let listen = self.options.listen.clone();
+        let mut adopted = Vec::new();
+        for listen in &listen {
+            let option = listen.to_string();
+            let place = left.iter().position(|(_, was, _)| *was == option).filter(|_| listen.is_there());
+            adopted.push(place.map(|place| left.remove(place)));
+        }
+        // What nobody wants any more may be in the way of what is to be bound.
+        left.clear();
+        for (listen, adopted) in listen.into_iter().zip(adopted) {
+            let option = listen.to_string();
+            let (id, socket) = match adopted {
+                Some((id, _, socket)) => (id, socket),
+                None => (self.new_id(), listen.bind()?),
+            };
+            self.listening.push(Listening { id, name: listen.name, option, socket });
+        }
+        Ok(())
     }
 
     /// A core that goes on where another program in this process has stopped.
@@ -110,11 +156,20 @@ impl Core {
         let mut listening = Vec::new();
         for &id in &carried.listening {
             let taken = take(id)?;
-            listening.push(Listening { id, name: taken.name, socket: taken.descriptor });
+            let option = String::from_utf8_lossy(&taken.state).into_owned();
+            listening.push(Listening { id, name: taken.name, option, socket: taken.descriptor });
+        }
+        let mut pages = Vec::new();
+        for &(id, inbox, pen) in &carried.pages {
+            pages.push(CarriedPage { id, inbox: take(inbox)?.descriptor, pen: take(pen)?.descriptor });
+        }
+        let mut above = Above::from_environment(options.store_above, Moment::now());
+        if let Some(above) = &mut above {
+            above.adopt(pages).map_err(|error| unreadable(&error))?;
         }
         let signal_mask = SignalMask(carried.signal_mask);
         let asked = options.command.clone();
-        let mut core = Core::bare(options, control, notify, signal_mask, carried.open_files)?;
+        let mut core = Core::bare(options, control, notify, signal_mask, carried.open_files, above)?;
         core.notify_id = carried.notify;
         core.listening = listening;
         core.next_id = bundle.next_id().0;
@@ -138,7 +193,10 @@ impl Core {
         core.refused = carried.refused;
         core.text = carried.text;
         core.ended = carried.ended;
+        core.announced = carried.announced;
+        core.ending = carried.ending;
         core.watch_main();
+        core.reconcile_vault();
         tracing::info!(stored = core.store.len(), "upgraded in place");
         Ok(core)
     }
@@ -146,14 +204,22 @@ impl Core {
     fn bare(
         options: Options,
         control: PathBuf,
-        notify: NotifySocket,
+        mut notify: NotifySocket,
         signal_mask: SignalMask,
         open_files: u64,
+        above: Option<Above>,
     ) -> Result<Core, RunError> {
+        if above.as_ref().is_some_and(Above::has_vault) {
+            notify.look_only().map_err(RunError::io("look at messages"))?;
+        }
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|error| RunError::io("wait for events")(error.into()))?;
         Ok(Core {
-            store_max: store_max(options.store_max, options.listen.len())?,
+            store_max: store_max(
+                options.store_max,
+                options.listen.len(),
+                above.as_ref().is_some_and(Above::has_vault),
+            )?,
             notify_path: path_beside(&control),
             command: options.command.clone(),
             known: Known { says_ready: options.expect_ready, ..Known::default() },
@@ -187,10 +253,19 @@ impl Core {
             refusals: Seldom::default(),
             complaints: Seldom::default(),
             over: None,
+            above,
+            noted: Noted::default(),
+            announced: Announced::default(),
+            behind_until: None,
+            impatient: false,
+            deaf: false,
+            ending: None,
+            leaves: true,
+            put_off: None,
         })
     }
 
-    fn new_id(&mut self) -> u64 {
+    pub(super) fn new_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id - 1
     }
@@ -213,21 +288,48 @@ impl Core {
             open_files: self.open_files,
             notify: self.notify_id,
             listening: self.listening.iter().map(|socket| socket.id).collect(),
+            pages: self.page_items().map(|(id, inbox, pen, ..)| (id, inbox, pen)).collect(),
+            announced: self.announced,
+            ending: self.ending,
         };
         // What is stored may change its kind at any time, a socket that begins to listen for instance: it is anything.
         let entry =
             |id, name: &str, state| Entry { id: ItemId(id), name: name.into(), kind: Kind::Other, state };
         let mut items = vec![entry(self.notify_id, NOTIFY_NAME, Vec::new())];
-        items.extend(self.listening.iter().map(|socket| entry(socket.id, &socket.name, Vec::new())));
+        items.extend(
+            self.listening.iter().map(|socket| entry(socket.id, &socket.name, socket.option.clone().into())),
+        );
         for (number, held) in self.store.iter() {
             let state = Cbor::encode(&Stored { put_by: held.put_by, polled: held.polled })?;
             items.push(entry(number, &held.name, state));
         }
-        Ok(Base { state: Some(Cbor::encode(&carried)?), items, next_id: self.next_id, ..Base::default() })
+        let mut next_id = self.next_id;
+        for (_, inbox, pen, ..) in self.page_items() {
+            items.extend([inbox, pen].map(|id| entry(id, PAGE_NAME, Vec::new())));
+            next_id = pen + 1;
+        }
+        Ok(Base { state: Some(Cbor::encode(&carried)?), items, next_id, ..Base::default() })
+    }
+
+    /// The pages of the vault with the ids that their ends have as items: id, inbox's, pen's, and the two.
+    fn page_items(&self) -> impl Iterator<Item = (u64, u64, u64, BorrowedFd<'_>, BorrowedFd<'_>)> {
+        let pages = self.above.iter().flat_map(Above::pages);
+        (self.next_id..)
+            .step_by(2)
+            .zip(pages)
+            .map(|(item, (id, inbox, pen))| (id, item, item + 1, inbox, pen))
     }
 
     /// Lends what has this id.
     pub(super) fn descriptor(&self, id: ItemId) -> Option<BorrowedFd<'_>> {
+        if id.0 >= self.next_id {
+            let mut pages = self.page_items();
+            return pages.find_map(|(_, inbox_id, pen_id, inbox, pen)| match id.0 {
+                id if id == inbox_id => Some(inbox),
+                id if id == pen_id => Some(pen),
+                _ => None,
+            });
+        }
         if id.0 == self.notify_id {
             return Some(self.notify.as_fd());
         }
@@ -240,7 +342,6 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Moment;
 
     #[test]
     fn everything_comes_back_as_it_was() {
@@ -261,6 +362,9 @@ mod tests {
             open_files: 1024,
             notify: 1,
             listening: vec![2],
+            pages: vec![(1, 8, 9)],
+            announced: Announced::Reloading,
+            ending: Some(Ending::Signal),
         };
         let back: Carried = Cbor::decode(&Cbor::encode(&carried).unwrap()).unwrap();
         assert_eq!(format!("{back:?}"), format!("{carried:?}"));

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::life::Phase;
 use super::{Core, Supervisor};
+use crate::above::Above;
 use crate::clock::Moment;
 
 /// What is asked at this control socket beside what is asked at all.
@@ -54,13 +55,16 @@ impl Supervisor {
                 },
                 Turn::Batch(batch) => batch.send(|id| core.descriptor(id)),
                 Turn::Freeze(freeze) if core.is_busy() => freeze.resume(BUSY),
-                Turn::Freeze(freeze) => match core.base() {
-                    Ok(base) => match freeze.release_all(base, |id| core.descriptor(id)) {
-                        Ok(outcome) => tracing::warn!(?outcome, "the upgrade in place did not happen"),
-                        Err(error) => tracing::error!("the upgrade in place did not happen: {error}"),
-                    },
-                    Err(error) => freeze.resume(&error.to_string()),
-                },
+                Turn::Freeze(freeze) => {
+                    core.begin_reload(Moment::now());
+                    match core.base() {
+                        Ok(base) => match freeze.release_all(base, |id| core.descriptor(id)) {
+                            Ok(outcome) => tracing::warn!(?outcome, "the upgrade in place did not happen"),
+                            Err(error) => tracing::error!("the upgrade in place did not happen: {error}"),
+                        },
+                        Err(error) => freeze.resume(&error.to_string()),
+                    }
+                }
                 Turn::Request(mut asked) => match asked.request() {
                     Some(Ask::Fetch) => match core.begin_fetch() {
                         Ok((count, channel)) => {
@@ -124,7 +128,11 @@ impl Supervisor {
 impl Core {
     /// What an upgrade in place could not carry over.
     fn is_busy(&self) -> bool {
-        self.upgrade.is_some() || !self.fetches.is_empty() || self.over.is_some()
+        self.upgrade.is_some()
+            || !self.fetches.is_empty()
+            || self.over.is_some()
+            || matches!(self.phase, Phase::Clearing { .. })
+            || self.above.as_ref().is_some_and(Above::is_behind)
     }
 
     /// The status, with all that is known here.
@@ -165,13 +173,15 @@ impl Core {
             text: self.text.clone(),
             ended: self.ended.map(|ended| ended.to_string()),
             limit: self.store_max,
+            kept_above: self.kept_above(),
             refused: self.refused.iter().cloned().collect(),
         });
         status
     }
 
-    fn state(&self) -> &'static str {
+    pub(super) fn state(&self) -> &'static str {
         match (&self.phase, &self.main) {
+            (Phase::Clearing { .. }, _) => "waiting for processes of before to end",
             (Phase::Waiting { .. }, _) => "waiting to be started again",
             (Phase::Stopping { .. } | Phase::Sweeping { .. }, _) => "stopping",
             (Phase::Up, Some(main)) if main.stopping => "stopping",

@@ -7,6 +7,7 @@ use rustix::event::epoll;
 use serde::{Deserialize, Serialize};
 
 use super::{Core, FETCH, REFUSALS, STORED};
+use crate::above::PAGE;
 use crate::clock::Moment;
 use crate::error::RunError;
 use crate::fetch::{AGAIN, Fetch, Progress};
@@ -40,9 +41,11 @@ pub(super) struct Counters {
 }
 
 /// How many descriptors may be stored.
-pub(super) fn store_max(wanted: Option<u64>, listening: usize) -> Result<u64, RunError> {
+pub(super) fn store_max(wanted: Option<u64>, listening: usize, vault: bool) -> Result<u64, RunError> {
     let limit = heirloom::descriptors::limit();
-    let possible = limit.saturating_sub((RESERVE + listening as u64).min(limit / 2));
+    // Both ends of each, and they may be half empty.
+    let pages = if vault { limit / (PAGE as u64 / 4) } else { 0 };
+    let possible = limit.saturating_sub((RESERVE + pages + listening as u64).min(limit / 2));
     match wanted {
         Some(wanted) if wanted > possible => Err(RunError::StoreMax { wanted, limit, possible }),
         wanted => Ok(wanted.unwrap_or(possible)),
@@ -91,6 +94,7 @@ impl Core {
         if polled {
             self.watch_for_hang_up(number);
         }
+        self.keep_above(number);
     }
 
     /// Hears when the other end of what is stored hangs up. Not everything can be polled; that is simply kept.
@@ -121,6 +125,7 @@ impl Core {
     }
 
     fn let_go(&mut self, number: u64) {
+        self.forget_above(number);
         if let Some(held) = self.store.remove(number)
             && held.polled
         {

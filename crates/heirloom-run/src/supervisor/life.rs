@@ -8,6 +8,7 @@ use rustix::event::epoll;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 use serde::{Deserialize, Serialize};
 
+use super::above::Ending;
 use super::process::Process;
 use super::{Core, MAIN};
 use crate::clock::Moment;
@@ -23,6 +24,8 @@ pub(super) enum Phase {
     Up,
     /// It is started again at this time.
     Waiting { until: Moment },
+    /// Processes that a run before has left are to end first; at this time they are killed, if they were not already.
+    Clearing { kill_at: Option<Moment> },
     /// Its main process is to end; at this time it is killed, if it was not already.
     Stopping { kill_at: Option<Moment>, then: Then },
     /// It has ended for good, and this is PID 1, which ends after all others. Then with this code.
@@ -65,6 +68,7 @@ impl Core {
         self.main_pidfd = None;
         self.phase = Phase::Up;
         self.text.clear();
+        self.note_processes();
         Ok(())
     }
 
@@ -133,14 +137,14 @@ impl Core {
                 tracing::error!(
                     failures = self.backoff.failures(),
                     stored = self.store.len(),
-                    "failed too often in quick succession: giving up, and closing all that is stored"
+                    "failed too often in quick succession: giving up"
                 );
                 self.finish(code, now);
             }
         }
     }
 
-    fn start_again(&mut self, now: Moment) {
+    pub(super) fn start_again(&mut self, now: Moment) {
         match self.start_main(now) {
             Ok(()) => self.counters.restarts += 1,
             Err(failure) => {
@@ -171,6 +175,7 @@ impl Core {
 
     /// A signal has asked for the end, and was passed on.
     pub(super) fn end(&mut self, signal: i32, now: Moment) {
+        self.ending.get_or_insert(Ending::Signal);
         self.withdraw_upgrade("heirloom run is told to end");
         match self.phase {
             Phase::Sweeping { .. } | Phase::Stopping { then: Then::End, .. } => {}
@@ -181,6 +186,7 @@ impl Core {
 
     /// Somebody has asked for the end at the control socket.
     pub(super) fn quit(&mut self, now: Moment) {
+        self.ending = Some(Ending::Quit);
         self.pass_on(Signal::TERM.as_raw());
         self.end(Signal::TERM.as_raw(), now);
     }
@@ -193,6 +199,11 @@ impl Core {
     /// Nothing is started any more.
     pub(super) fn finish(&mut self, code: u8, now: Moment) {
         self.withdraw_upgrade("heirloom run ends");
+        // After a failure whoever is above may try again; after success nothing is to come back.
+        self.leaves = match self.ending {
+            Some(ending) => ending == Ending::Signal,
+            None => code != 0,
+        };
         if std::process::id() == 1 && !self.is_alone() {
             // It takes all others along; they are asked first.
             let _ = send_signal_to_all(Signal::TERM.as_raw());
@@ -215,6 +226,10 @@ impl Core {
     pub(super) fn run_timers(&mut self, now: Moment) {
         match self.phase {
             Phase::Waiting { until } if until <= now => self.start_again(now),
+            Phase::Clearing { kill_at: Some(at) } if at <= now => {
+                self.tell_previous(Signal::KILL);
+                self.phase = Phase::Clearing { kill_at: None };
+            }
             Phase::Stopping { kill_at: Some(at), then } if at <= now => {
                 tracing::warn!("it does not end, and is killed");
                 self.tell_main(Signal::KILL);
@@ -235,6 +250,7 @@ impl Core {
             }
             _ => {}
         }
+        self.run_put_off(now);
         self.run_upgrade_timer(now);
         self.run_fetch_timers(now);
     }
@@ -243,12 +259,19 @@ impl Core {
     pub(super) fn next_timer(&self) -> Option<Moment> {
         let phase = match self.phase {
             Phase::Waiting { until } => Some(until),
-            Phase::Stopping { kill_at, .. } | Phase::Sweeping { kill_at, .. } => kill_at,
+            Phase::Clearing { kill_at }
+            | Phase::Stopping { kill_at, .. }
+            | Phase::Sweeping { kill_at, .. } => kill_at,
             Phase::Up => self.start_deadline().into_iter().chain(self.watchdog_deadline()).min(),
         };
         let fetches = self.fetches.values().map(|fetch| fetch.until).chain(self.retry_fetches).min();
         let upgrade = self.upgrade_deadline();
-        [phase, fetches, upgrade].into_iter().flatten().min()
+        let above = self.above.as_ref().and_then(|above| above.next_timer());
+        let put_off = self.put_off.map(|(_, at)| at);
+        [phase, fetches, upgrade, above, put_off, self.behind_until.filter(|_| !self.impatient)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// By when it must have said that it is ready. An upgrade has a time of its own.

@@ -54,7 +54,7 @@ impl Core {
         } else if message.remove {
             self.remove(message.name.as_deref(), pid);
         } else if message.barrier {
-            // Everything before is done: that they are closed says so.
+            // That they are closed says that everything before is done; where they are only looked at, that is not yet it.
             drop::<Vec<OwnedFd>>(descriptors);
         } else if !descriptors.is_empty() {
             self.refuse(format!("pid {pid}: descriptors came without FDSTORE=1, and are closed"));

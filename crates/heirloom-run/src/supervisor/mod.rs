@@ -2,6 +2,7 @@
 //!
 //! [`Core`] knows everything and decides; what is here waits, and lends it the control socket.
 
+mod above;
 mod carry;
 mod control;
 mod keep;
@@ -21,6 +22,7 @@ use heirloom::{Config, ConnectionId, Delegate, Incumbent, Replace, Service, Star
 use heirloom_sys::{SignalFd, SignalMask};
 use rustix::event::epoll;
 
+use crate::above::{Above, Inherited};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::error::RunError;
@@ -30,6 +32,7 @@ use crate::notify::socket::{NotifySocket, path_beside};
 use crate::options::{Command, Options};
 use crate::seldom::Seldom;
 use crate::store::Store;
+use above::{Announced, Ending, Noted};
 use carry::Carried;
 use control::{Answer, Ask};
 use keep::Counters;
@@ -41,6 +44,9 @@ const SIGNALS: u64 = 0;
 const NOTIFY: u64 = 1;
 const CONTROL: u64 = 2;
 const MAIN: u64 = 3;
+const ABOVE: u64 = 4;
+/// A process of before this one.
+const PREVIOUS: u64 = 5;
 /// What is added to a fetch's number, and to that of what is stored.
 const FETCH: u64 = 1 << 62;
 const STORED: u64 = 1 << 63;
@@ -94,6 +100,18 @@ struct Core {
     refusals: Seldom,
     complaints: Seldom,
     over: Option<u8>,
+    above: Option<Above>,
+    noted: Noted,
+    announced: Announced,
+    /// The vault lacks something until the one above reads, and messages wait for that; no longer than this.
+    behind_until: Option<Moment>,
+    impatient: bool,
+    deaf: bool,
+    ending: Option<Ending>,
+    /// The vault is left as it is at the end: somebody may start this again.
+    leaves: bool,
+    /// A signal that is passed on at this time, unless the command shows that it has got it.
+    put_off: Option<(i32, Moment)>,
 }
 
 /// A socket that the command gets from the start.
@@ -101,6 +119,8 @@ struct Core {
 struct Listening {
     id: u64,
     name: String,
+    /// The option that asked for it; empty if somebody else holds it for the command.
+    option: String,
     socket: OwnedFd,
 }
 
@@ -123,9 +143,11 @@ pub fn run(options: Options) -> Result<u8, RunError> {
     let config = Config { delegate: Delegate { upgrade: true, status: true }, ..Config::default() };
     match heirloom::start::<Ask>(&control, service(&control), config, Replace::Never)? {
         Start::Fresh(incumbent) => {
-            let core = Core::fresh(options, control, signal_mask, open_files)?;
+            let inherited =
+                Inherited::take().map_err(RunError::io("take the descriptors that were passed"))?;
+            let core = Core::fresh(options, control, signal_mask, open_files, inherited)?;
             let mut supervisor = Supervisor::new(core, incumbent)?;
-            if let Err(failure) = supervisor.core.start_main(Moment::now()) {
+            if let Err(failure) = supervisor.core.begin(Moment::now()) {
                 supervisor.retire();
                 return Err(RunError::Command { code: failure.code, message: failure.to_string() });
             }
@@ -190,6 +212,9 @@ impl Supervisor {
         watch(&core.signals, SIGNALS)?;
         watch(&core.notify, NOTIFY)?;
         watch(&incumbent, CONTROL)?;
+        if let Some(above) = &core.above {
+            watch(above, ABOVE)?;
+        }
         Ok(Supervisor { core, incumbent })
     }
 
@@ -208,6 +233,7 @@ impl Supervisor {
             self.core.reap_known_only = self.incumbent.takeover_running();
             self.core.catch_up();
             self.core.run_timers(Moment::now());
+            self.core.report(Moment::now());
             self.answer();
             if let Some(code) = self.core.over {
                 self.retire();
@@ -251,6 +277,12 @@ impl Core {
             SIGNALS => self.read_signals(),
             NOTIFY => self.read_messages(MESSAGES),
             MAIN => self.main_pidfd_ready(),
+            ABOVE => {
+                if let Some(above) = &mut self.above {
+                    above.ready();
+                }
+            }
+            PREVIOUS => self.previous_ended(Moment::now()),
             token if token & STORED != 0 => {
                 if flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
                     self.hung_up(token & !STORED);
@@ -269,9 +301,18 @@ impl Core {
         }
     }
 
-    /// Lets go of what is held, and of what lies in the file system.
+    /// Lets go of what is held, and of what lies in the file system, unless the vault is left for another run.
     fn clean_up(&mut self) {
+        self.announce(Announced::Stopping);
+        let leaves = self.leaves && self.above.as_ref().is_some_and(Above::has_vault);
         self.store = Store::default();
+        if leaves {
+            tracing::info!("what is held is left with the supervisor above");
+            return;
+        }
+        if let Some(above) = &mut self.above {
+            above.empty();
+        }
         self.listening.clear();
         let _ = std::fs::remove_file(path_beside(&self.control));
         for listen in &self.options.listen {

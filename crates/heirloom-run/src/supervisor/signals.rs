@@ -5,13 +5,19 @@
 //! affair.
 
 use std::io;
+use std::time::Duration;
 
 use heirloom_sys::{Signal as Received, SignalMask, send_signal};
 use rustix::process::{Pid, Signal, WaitOptions, getpgid, getpgrp, wait, waitpid};
 
 use super::Core;
+use crate::above::Above;
 use crate::clock::Moment;
 use crate::exit::Ended;
+
+/// systemd sends SIGTERM to all processes of a unit, and some take a second one for impatience: so long a command that was
+/// sent it has to show that, before it is passed on.
+const PUT_OFF: Duration = Duration::from_millis(200);
 
 /// Blocks what is read instead, and returns the mask of before.
 pub(super) fn block() -> io::Result<SignalMask> {
@@ -49,11 +55,26 @@ impl Core {
         if is(Signal::PIPE) {
             return;
         }
-        if !self.has_reached_main(signal) {
+        let ends = is(Signal::TERM) || is(Signal::INT);
+        if ends
+            && signal.code != Received::KERNEL
+            && self.above.as_ref().is_some_and(Above::signals_everybody)
+        {
+            self.put_off = Some((signal.number, Moment::now().after(PUT_OFF)));
+        } else if !self.has_reached_main(signal) {
             self.pass_on(signal.number);
         }
-        if is(Signal::TERM) || is(Signal::INT) {
+        if ends {
             self.end(signal.number, Moment::now());
+        }
+    }
+
+    /// Passes on what was put off, if the command does not end by itself.
+    pub(super) fn run_put_off(&mut self, now: Moment) {
+        if let Some((signal, _)) = self.put_off.take_if(|(_, at)| *at <= now)
+            && self.main.as_ref().is_some_and(|main| !main.stopping)
+        {
+            self.pass_on(signal);
         }
     }
 
@@ -78,7 +99,7 @@ impl Core {
     pub(super) fn known_processes(&self) -> impl Iterator<Item = u32> + use<> {
         let beside = self.upgrade.as_ref().and_then(|upgrade| upgrade.beside());
         let pids = [self.main.as_ref(), beside].map(|process| process.map(|process| process.pid));
-        pids.into_iter().flatten()
+        pids.into_iter().flatten().chain(self.noted.previous().to_vec())
     }
 
     /// Waits for all children that have ended, whoever's they were.

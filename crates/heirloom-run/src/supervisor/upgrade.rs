@@ -125,6 +125,7 @@ impl Core {
             }
         };
         self.upgrade = Some(Upgrading { client, command, previous, stage });
+        self.note_processes();
     }
 
     fn start_beside(&self, command: &Command, control: &Path, now: Moment) -> Result<Stage, String> {

@@ -72,7 +72,7 @@ impl Run {
 
     /// Runs a puppet with these options.
     pub(crate) fn puppet(options: &[&str]) -> (Run, Puppet) {
-        let mut run = Run::start(options, &puppet());
+        let run = Run::start(options, &puppet());
         let puppet = run.next();
         (run, puppet)
     }
@@ -132,7 +132,7 @@ impl Run {
 
     /// The next puppet that comes to life.
     #[track_caller]
-    pub(crate) fn next(&mut self) -> Puppet {
+    pub(crate) fn next(&self) -> Puppet {
         let mut accepted = None;
         let give_up = Instant::now() + LONG;
         while accepted.is_none() {

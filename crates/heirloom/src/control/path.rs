@@ -22,6 +22,8 @@ pub const MAX_PATH: usize = 107;
 
 /// How many clients may wait to be accepted (`listen(2)`; the kernel lowers it to `net.core.somaxconn`).
 const BACKLOG: i32 = 128;
+/// How many symbolic links may lead to the control socket's directory, one to the next.
+const LINKS: u32 = 8;
 
 /// Why a path cannot be used for the control socket.
 ///
@@ -72,12 +74,8 @@ pub enum PathError {
         /// The socket's directory.
         directory: PathBuf,
     },
-    /// Something else is where the directory should be. A symbolic link doesn't do either: whoever owns
-    /// it could point it elsewhere.
-    #[error(
-        "{} is not a directory (nor may it be a symbolic link): choose another path",
-        directory.display()
-    )]
+    /// Something else is where the directory should be.
+    #[error("{} is not a directory: choose another path", directory.display())]
     NotADirectory {
         /// The socket's directory.
         directory: PathBuf,
@@ -203,8 +201,9 @@ fn path_in(file_name: &str, runtime: Option<PathBuf>, uid: u32, run: &Path) -> R
 /// Sees to it that the directory of a control socket exists and that nobody else can write to it.
 ///
 /// A missing directory is made with mode 0700, but none above it. An existing one must belong to us or
-/// to root, must not be a symbolic link, and must not be writable by its group or by others; `/tmp` is
-/// therefore refused, sticky as it is.
+/// to root, and must not be writable by its group or by others; `/tmp` is therefore refused, sticky as
+/// it is. A symbolic link to a directory, as systemd makes for `DynamicUser=`, has to belong to us or
+/// to root as well: whoever owns it can point it elsewhere.
 ///
 /// ```
 /// use heirloom::control::path::prepare_directory;
@@ -237,16 +236,26 @@ pub fn prepare_directory(path: &Path) -> Result<(), PathError> {
 }
 
 fn check_directory(directory: &Path) -> Result<(), PathError> {
-    let metadata = fs::symlink_metadata(directory)
-        .map_err(|error| io_error("look at the directory", directory, error))?;
+    let failed = |error| io_error("look at the directory", directory, error);
+    let us = geteuid().as_raw();
+    let check_owner = |path: &Path, owner| match owner {
+        owner if owner == us || owner == 0 => Ok(()),
+        owner => Err(PathError::NotOurs { directory: path.to_owned(), owner, us }),
+    };
+    let (mut at, mut links) = (directory.to_owned(), 0);
+    let metadata = loop {
+        let metadata = fs::symlink_metadata(&at).map_err(failed)?;
+        check_owner(&at, metadata.uid())?;
+        if !metadata.is_symlink() || links == LINKS {
+            break metadata;
+        }
+        links += 1;
+        let to = fs::read_link(&at).map_err(failed)?;
+        at = at.parent().unwrap_or(Path::new("")).join(to);
+    };
     let directory = directory.to_owned();
     if !metadata.is_dir() {
         return Err(PathError::NotADirectory { directory });
-    }
-    let us = geteuid().as_raw();
-    let owner = metadata.uid();
-    if owner != us && owner != 0 {
-        return Err(PathError::NotOurs { directory, owner, us });
     }
     let mode = metadata.mode() & 0o7777;
     if mode & 0o022 != 0 {

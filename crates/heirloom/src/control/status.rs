@@ -71,6 +71,9 @@ pub struct Supervised {
     pub ended: Option<String>,
     /// How many descriptors may be stored at most.
     pub limit: u64,
+    /// How many of the items are kept by the supervisor's own supervisor as well; none where there is nobody who keeps any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept_above: Option<u64>,
     /// What was refused last, the newest at the end.
     pub refused: Vec<String>,
 }

@@ -164,7 +164,8 @@ fn successor(path: &Path, before: &Status) -> Result<Status, AskError> {
                 return Err(AskError::Unchanged { generation: now.generation });
             }
             Ok(_) | Err(AskError::Client(ClientError::Closed { .. })) if Instant::now() < give_up => {}
-            Err(AskError::Client(ClientError::Nobody { .. })) if Instant::now() < give_up => {}
+            // A successor has the socket from the offer on: with the incumbent it has ended, too. A supervisor may wait for us
+            // before it starts the next one.
             Err(AskError::Client(ClientError::Nobody { .. } | ClientError::Closed { .. })) => {
                 return Err(AskError::Gone { path: path.into() });
             }

@@ -8,6 +8,8 @@ use std::fmt;
 
 use rustix::fs::fstat;
 
+use crate::notify;
+
 /// The variable's name.
 pub(crate) const VARIABLE: &str = "HEIRLOOM_UPGRADE";
 
@@ -32,7 +34,9 @@ impl Role {
             Role::Preflight { manifest, .. } => {
                 fstat(rustix::stdio::stdin()).is_ok_and(|stdin| stdin.st_ino == manifest)
             }
-            Role::Successor { incumbent } => parent() == Some(incumbent),
+            // One under a supervisor is a successor for good: what the incumbent leaves if it dies is for the process that
+            // the supervisor starts, with the store, and a second one would be a rival of that.
+            Role::Successor { incumbent } => parent() == Some(incumbent) || notify::is_supervised(),
             Role::InPlace { incumbent, .. } => std::process::id() == incumbent,
         };
         meant.then_some(role)

@@ -1,0 +1,258 @@
+//! The units of this project under a real systemd: whatever happens to a service, its connections live on, systemd knows its
+//! main process, and its store holds what it should.
+
+mod stream;
+mod support;
+
+use std::path::PathBuf;
+
+use heirloom::control::Status;
+use stream::Stream;
+use support::guests::*;
+use support::systemd::Systemd;
+use support::talk::Talk;
+use support::*;
+
+const SERVER: &str = "heirloom-chat-server.service";
+const CLIENT: &str = "heirloom-chat.service";
+
+/// How many talk all the time.
+const TALKERS: usize = 12;
+/// What a chat server has in the store beside its clients: the listener, the journal, the ledger.
+const OWN: usize = 3;
+/// How often everything happens.
+const ROUNDS: usize = 3;
+
+/// What happens to a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Reload,
+    Restart,
+    Kill,
+    /// `heirloom upgrade --in-place`.
+    InPlace,
+    DaemonReexec,
+    DaemonReload,
+}
+
+impl Event {
+    const ALL: [Event; 6] = [
+        Event::Reload,
+        Event::DaemonReexec,
+        Event::Kill,
+        Event::InPlace,
+        Event::DaemonReload,
+        Event::Restart,
+    ];
+
+    fn happen(self, systemd: &Systemd, unit: &str) {
+        match self {
+            Event::Reload => systemd.ctl(&["reload", unit]),
+            Event::Restart => systemd.ctl(&["restart", unit]),
+            Event::Kill => systemd.kill_main(unit),
+            Event::InPlace => {
+                let control = format!("/run/{}/control.sock", name(unit));
+                systemd.run(&["heirloom", "upgrade", "--in-place", "--control", &control]);
+            }
+            Event::DaemonReexec => systemd.ctl(&["daemon-reexec"]),
+            Event::DaemonReload => systemd.ctl(&["daemon-reload"]),
+        }
+    }
+
+    /// Whether another process serves afterwards, and by how much the generation has grown; `None` where it begins anew.
+    fn changes(self) -> (bool, Option<u64>) {
+        match self {
+            Event::Reload => (true, Some(1)),
+            Event::Restart | Event::Kill => (true, None),
+            Event::InPlace => (false, Some(1)),
+            Event::DaemonReexec | Event::DaemonReload => (false, Some(0)),
+        }
+    }
+
+    #[track_caller]
+    fn check(self, before: &Status, after: &Status) {
+        let (other, grown) = self.changes();
+        assert_eq!(after.pid != before.pid, other, "{self:?}: {before:?}, {after:?}");
+        if let Some(grown) = grown {
+            assert_eq!(after.generation, before.generation + grown, "{self:?}");
+        }
+    }
+}
+
+fn name(unit: &str) -> &str {
+    unit.strip_suffix(".service").expect("a service")
+}
+
+fn control(systemd: &Systemd, unit: &str) -> PathBuf {
+    systemd.path(&format!("/run/{}/control.sock", name(unit)))
+}
+
+#[test]
+fn a_chat_server_keeps_its_clients() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    systemd.ctl(&["start", SERVER]);
+    let control = control(&systemd, SERVER);
+    let guests: Vec<Guest> = (0..TALKERS).map(|_| Guest::join(systemd.address)).collect();
+    let names: Vec<String> = guests.iter().map(|guest| guest.name.clone()).collect();
+    let talk = Talk::start(guests, &names);
+    for _ in 0..ROUNDS {
+        for event in Event::ALL {
+            talk.wait_for_progress();
+            let before = status(&control);
+            event.happen(&systemd, SERVER);
+            if event == Event::Kill {
+                wait_for("the next process", || {
+                    try_status(&control).is_some_and(|now| now.pid != before.pid)
+                });
+            }
+            systemd.wait_until_settled(SERVER, &control);
+            event.check(&before, &status(&control));
+            talk.wait_for_progress();
+            assert_eq!(systemd.stored(SERVER), TALKERS + OWN, "{event:?}");
+        }
+    }
+    let talkers = talk.finish();
+    for listener in &talkers {
+        for speaker in talkers.iter().filter(|speaker| speaker.guest.name != listener.guest.name) {
+            assert_eq!(listener.ear.count(&speaker.guest.name), speaker.said);
+        }
+        assert!(listener.ear.left.is_empty(), "somebody was disconnected");
+    }
+    drop(talkers);
+    wait_for("nothing of them to be stored", || systemd.stored(SERVER) == OWN);
+    wait_for("systemd to be told so", || systemd.property(SERVER, "StatusText") == "clients: 0");
+}
+
+#[test]
+fn a_chat_client_keeps_its_connection() {
+    let Some(systemd) = Systemd::boot() else { return };
+    let mut stream = Stream::start();
+    systemd.install_for(stream.address().parse().expect("an address"), &[CLIENT]);
+    systemd.ctl(&["start", CLIENT]);
+    let control = control(&systemd, CLIENT);
+    let file = systemd.path("/var/log/heirloom-chat.txt");
+    let written = || std::fs::metadata(&file).map_or(0, |file| file.len() as usize);
+    let wait_for_more = || {
+        let before = written();
+        wait_for("more of the stream", || written() > before);
+    };
+    let mut stored = None;
+    for _ in 0..ROUNDS {
+        for event in Event::ALL {
+            wait_for_more();
+            let before = status(&control);
+            event.happen(&systemd, CLIENT);
+            if event == Event::Kill {
+                wait_for("the next process", || {
+                    try_status(&control).is_some_and(|now| now.pid != before.pid)
+                });
+            }
+            systemd.wait_until_settled(CLIENT, &control);
+            event.check(&before, &status(&control));
+            wait_for_more();
+            let now = systemd.stored(CLIENT);
+            assert_eq!(*stored.get_or_insert(now), now, "{event:?}");
+        }
+    }
+    stream.ends_exact_on(0, written, || std::fs::read(&file).expect("it is there"));
+}
+
+/// systemd listens; the server comes with the first client, and goes and comes again.
+#[test]
+fn a_socket_of_systemds() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&["heirloom-chat-server.socket", SERVER]);
+    systemd.ctl(&["start", "heirloom-chat-server.socket"]);
+    assert_eq!(systemd.property(SERVER, "ActiveState"), "inactive");
+    let mut guest = Guest::join(systemd.address);
+    let control = control(&systemd, SERVER);
+    for event in [Event::Kill, Event::Reload, Event::Restart] {
+        let before = status(&control);
+        event.happen(&systemd, SERVER);
+        if event == Event::Kill {
+            wait_for("the next process", || try_status(&control).is_some_and(|now| now.pid != before.pid));
+        }
+        systemd.wait_until_settled(SERVER, &control);
+        let mut other = Guest::join(systemd.address);
+        guest.hears(&[&format!("<announce> 127.0.0.1 is connected as <{}>.", other.name)]);
+        guest.say("still here\n");
+        other.hears(&[&format!("<{}> still here", guest.name)]);
+        let name = other.name.clone();
+        drop(other);
+        guest.hears(&[&format!("<announce> <{name}> is disconnected.")]);
+        // A socket that systemd gives to each process is not stored; a successor, which was not given any, stores it.
+        let own = if event == Event::Reload { OWN } else { OWN - 1 };
+        wait_for("the store to be right", || systemd.stored(SERVER) == 1 + own);
+    }
+    // A stop is the end of all that is stored, and the socket is systemd's.
+    systemd.ctl(&["stop", SERVER]);
+    assert_eq!(guest.try_line().unwrap_or(None), None, "disconnected");
+    assert_eq!(systemd.stored(SERVER), 0);
+    Guest::join(systemd.address);
+    systemd.wait_until_settled(SERVER, &control);
+}
+
+/// A new program that is none leaves everything as it is, and systemctl says so.
+#[test]
+fn a_reload_that_fails_changes_nothing() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    let reload = "/usr/local/bin/heirloom upgrade --control %t/%N/control.sock --program /bin/false";
+    systemd.drop_in(SERVER, &format!("[Service]\nExecReload=\nExecReload={reload}\n"));
+    systemd.ctl(&["start", SERVER]);
+    let control = control(&systemd, SERVER);
+    let mut guests = [Guest::join(systemd.address), Guest::join(systemd.address)];
+    guests[0].line();
+    let before = status(&control);
+    let failed = systemd.output(&["systemctl", "reload", SERVER]);
+    assert!(!failed.status.success(), "{failed:?}");
+    systemd.wait_until_settled(SERVER, &control);
+    let after = status(&control);
+    assert_eq!((after.pid, after.generation), (before.pid, before.generation));
+    guests[0].say("still here\n");
+    guests[1].hears(&[&format!("<{}> still here", guests[0].name)]);
+    let journal = systemd.journal(SERVER);
+    assert!(
+        journal.contains("Reload failed")
+            && journal.contains("cannot take over, and the incumbent serves on"),
+        "{journal}"
+    );
+}
+
+/// Who is not in the unit is refused, and told what to do. If it insists, it is replaced by the next process of the unit.
+#[test]
+fn a_process_outside_of_the_unit() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    // Another user could not even try.
+    systemd.drop_in(SERVER, "[Service]\nDynamicUser=no\n");
+    systemd.ctl(&["start", SERVER]);
+    let control = control(&systemd, SERVER);
+    let mut guests = [Guest::join(systemd.address), Guest::join(systemd.address)];
+    guests[0].line();
+    let before = status(&control);
+    let address = systemd.address.to_string();
+    let path = format!("/run/{}/control.sock", name(SERVER));
+    let by_hand = ["heirloom", "chat", "--listen", &address, "--control", &path];
+    let refused = systemd.output(&by_hand);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(4), "{why}");
+    for part in [SERVER, "could start a rival", "systemctl reload heirloom-chat-server.service", "--force"] {
+        assert!(why.contains(part), "{part:?} is not in {why}");
+    }
+    systemd.wait_until_settled(SERVER, &control);
+    assert_eq!(status(&control).pid, before.pid);
+
+    let mut outsider = Process::start(systemd.command(&by_hand).arg("--force"));
+    outsider.wait_for_code(0);
+    systemd.wait_until_settled(SERVER, &control);
+    assert_eq!(status(&control).generation, before.generation + 2, "{}", outsider.stderr());
+    guests[0].say("still here\n");
+    guests[1].hears(&[&format!("<{}> still here", guests[0].name)]);
+    // It was handed over without the store, and is in it again.
+    wait_for("the store to be right", || systemd.stored(SERVER) == 2 + OWN);
+    systemd.kill_main(SERVER);
+    guests[0].say("and here\n");
+    guests[1].hears(&[&format!("<{}> and here", guests[0].name)]);
+}
