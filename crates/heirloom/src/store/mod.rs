@@ -506,6 +506,33 @@ mod tests {
     }
 
     #[test]
+    fn who_ends_waits_for_a_supervisor_that_reads_and_not_for_ever_for_another() {
+        let (_directory, socket, mut store) = store();
+        let (reader, _writer) = io::pipe().unwrap();
+        let mut id = 0;
+        while !store.is_waiting() {
+            id += 1;
+            store.put(entry(id), &reader).unwrap();
+        }
+        assert!(!store.settle(Duration::from_millis(1)) && store.has_supervisor());
+        let (held, waits) = (ItemId(id - 1), ItemId(id));
+        assert!(store.holds(held) && !store.holds(waits));
+        let reading = std::thread::spawn(move || {
+            let mut told = Vec::new();
+            while told.last().is_none_or(|last: &String| !last.contains("FDSTOREREMOVE=1\nFDNAME=hl\n")) {
+                told.extend(next(&socket).map(|(message, _)| message));
+            }
+            told
+        });
+        assert!(store.settle(Duration::from_secs(60)) && store.holds(waits));
+        store.abandon(Duration::from_secs(60));
+        let told = reading.join().unwrap();
+        for id in 1..=id {
+            assert!(told.contains(&format!("FDSTOREREMOVE=1\nFDNAME=h{id}\n")), "{id}");
+        }
+    }
+
+    #[test]
     fn what_the_supervisor_does_not_take_waits_in_order() {
         let (_directory, socket, mut store) = store();
         let (reader, _writer) = io::pipe().unwrap();
