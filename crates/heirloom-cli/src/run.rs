@@ -58,7 +58,9 @@ Runs a command, keeps it running, and keeps its descriptors, as systemd does: fo
 no systemd. The command gets the sockets of --listen (LISTEN_FDS, see sd_listen_fds(3)). What it stores by sd_notify(3) \
 (FDSTORE=1) survives its death: the next process gets it in LISTEN_FDS after the sockets, or fetches it. It is \
 started again when it fails, after --restart-delay, and twice as long after each failure in quick succession, up to 10 s. \
-When heirloom run gives up or ends, what is stored is closed, and so it is when heirloom run itself is killed.
+When heirloom run gives up or ends, what is stored is closed, and so it is when heirloom run itself is killed; unless there is a \
+supervisor above, systemd with FileDescriptorStoreMax= or another heirloom run: that keeps it as well, packed into few descriptors, and gives it back after a \
+SIGKILL, a restart or a failure of heirloom run. It is told READY, STATUS, RELOADING, STOPPING and WATCHDOG.
 
 The command may say that it is ready, what it does, that it is alive, and which is its main process (READY, STATUS, WATCHDOG, \
 MAINPID). All processes that descend from heirloom run may speak for it, and nobody else.
@@ -106,6 +108,10 @@ of its own with the same options, heirloom-run.",
         (
             "WATCHDOG_USEC, WATCHDOG_PID",
             "Are set for the command if there is a watchdog.",
+        ),
+        (
+            "NOTIFY_SOCKET, WATCHDOG_USEC, FDSTORE, LISTEN_FDS …",
+            "Where they are set for heirloom run itself, there is a supervisor above, which is told what goes on and keeps what is held.",
         ),
     ],
     examples: &[
