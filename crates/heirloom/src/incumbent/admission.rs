@@ -98,7 +98,8 @@ impl<A> Incumbent<A> {
 
     /// Why the process on this connection may not take over by its place, if so.
     pub(super) fn refuse_outsider(&self, id: ConnectionId) -> Result<(), Failure> {
-        match Outsider::find(&self.identify(id)?, self.config.outsiders) {
+        let connection = self.connections.get(&id).ok_or_else(|| failed("the connection has ended"))?;
+        match Outsider::find(&connection.peer, self.config.outsiders) {
             Some(outsider) => Err(Failure { code: FailureCode::Outsider, message: outsider.to_string() }),
             None => Ok(()),
         }
