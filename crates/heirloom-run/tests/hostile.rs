@@ -81,7 +81,7 @@ fn many_processes_put_and_remove_at_once() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&[]);
+    let (run, mut puppet) = Run::puppet(&[]);
     puppet.tell(
         "def work(k):
     connection.close()
@@ -113,7 +113,7 @@ fn a_death_in_the_middle_of_puts_leaves_whole_puts_alone() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&["--tries", "0"]);
+    let (run, mut puppet) = Run::puppet(&["--tries", "0"]);
     let before = run.descriptors();
     for round in 0..4 {
         puppet.tell("a = os.memfd_create('y')");
@@ -171,7 +171,7 @@ fn one_that_stores_more_than_there_is_room_for_is_told_and_run_goes_on() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&[]);
+    let (run, mut puppet) = Run::puppet(&[]);
     puppet.tell("import resource; hard = resource.getrlimit(7)[1]; resource.setrlimit(7, (hard, hard))");
     let most = puppet.number("int(os.environ['FDSTORE'])");
     puppet.tell(
