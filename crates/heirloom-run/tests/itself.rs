@@ -73,7 +73,7 @@ fn what_ends_meanwhile_is_not_missed() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&["--tries", "0"]);
+    let (run, mut puppet) = Run::puppet(&["--tries", "0"]);
     for round in 0..5 {
         puppet.tell("put('f', os.memfd_create('x')); barrier()");
         puppet.begin(&format!("time.sleep({}); os._exit(1)", round as f64 * 0.05));
@@ -89,7 +89,7 @@ fn timers_go_on() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&["--watchdog", "4s"]);
+    let (run, mut puppet) = Run::puppet(&["--watchdog", "4s"]);
     puppet.tell("notify('READY=1')");
     for _ in 0..5 {
         puppet.tell("notify('WATCHDOG=1')");
@@ -106,7 +106,7 @@ fn under_load_nothing_is_lost() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&[]);
+    let (run, mut puppet) = Run::puppet(&[]);
     puppet.begin(
         "for i in range(3000):
     f = os.memfd_create('x')
@@ -136,7 +136,7 @@ fn one_that_cannot_go_on_changes_nothing() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&[]);
+    let (run, mut puppet) = Run::puppet(&[]);
     puppet.tell("put('f', os.memfd_create('x')); barrier()");
     let failing = [
         Upgrade { program: Some("/bin/false".into()), ..itself() },

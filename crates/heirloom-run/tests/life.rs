@@ -153,7 +153,7 @@ fn the_watchdog_ends_what_is_silent_and_spares_what_speaks() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&["--watchdog", "3s", "--stop-timeout", "5s"]);
+    let (run, mut puppet) = Run::puppet(&["--watchdog", "3s", "--stop-timeout", "5s"]);
     assert_eq!(puppet.text("os.environ['WATCHDOG_USEC']"), "3000000");
     assert_eq!(puppet.number("int(os.environ['WATCHDOG_PID'])"), i64::from(puppet.pid));
     puppet.tell("put('x', os.memfd_create('x')); notify('READY=1')");
@@ -182,7 +182,7 @@ fn another_main_process_is_followed_if_it_is_one_of_ours() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&[]);
+    let (run, mut puppet) = Run::puppet(&[]);
     // A daemon: its parent says who it is, and ends.
     puppet.tell(
         "child = os.fork()
@@ -261,7 +261,7 @@ fn what_is_its_own_is_not_inherited() {
         return;
     }
     let (_run, mut puppet) = {
-        let mut run = Run::start_by(
+        let run = Run::start_by(
             |program| {
                 let mut command = Command::new(program);
                 command.env("NOTIFY_SOCKET", "/nowhere").env("LISTEN_FDS", "9").env("WATCHDOG_USEC", "1");

@@ -11,7 +11,7 @@ fn sockets_and_what_is_stored_come_back_after_a_kill() {
     if !has_python() {
         return;
     }
-    let (mut run, mut first) = Run::puppet(&["--listen", "web=127.0.0.1:0", "--listen", "127.0.0.1:0"]);
+    let (run, mut first) = Run::puppet(&["--listen", "web=127.0.0.1:0", "--listen", "127.0.0.1:0"]);
     assert_eq!((first.given, first.names.as_str()), (2, "web:listen"));
     let port = first.number("socket.socket(fileno=os.dup(3)).getsockname()[1]");
     first.tell("r, w = os.pipe(); os.write(w, b'kept'); put('pipe', r, w); put('one', os.dup(r), w)");
@@ -118,7 +118,7 @@ fn names_that_do_not_fit_the_environment_need_a_program_that_fetches() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&[]);
+    let (run, mut puppet) = Run::puppet(&[]);
     // 131,072 bytes less the variable's name, at 200 bytes each with the colon: 655 fit.
     puppet.tell("held = [os.memfd_create('x') for _ in range(700)]");
     puppet.tell("for i, f in enumerate(held): put('n%0198d' % i, f)");
@@ -187,7 +187,7 @@ fn thousands_are_fetched_in_their_order_and_stay() {
     if !has_python() {
         return;
     }
-    let (mut run, mut puppet) = Run::puppet(&[]);
+    let (run, mut puppet) = Run::puppet(&[]);
     let limit = puppet.number("__import__('resource').getrlimit(7)[1]") - 800;
     let count = limit.min(15_000);
     puppet.tell("import resource; hard = resource.getrlimit(7)[1]; resource.setrlimit(7, (hard, hard))");

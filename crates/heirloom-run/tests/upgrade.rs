@@ -46,7 +46,7 @@ fn a_plain_command_is_stopped_and_its_new_version_gets_the_store() {
     if !has_python() {
         return;
     }
-    let (mut run, mut old) = Run::puppet(&["--listen", "127.0.0.1:0"]);
+    let (run, mut old) = Run::puppet(&["--listen", "127.0.0.1:0"]);
     old.tell("r, w = os.pipe(); os.write(w, b'kept'); put('pipe', r, w); barrier()");
     let outcome = begin(&run, to(&[PUPPET, "second"]));
     let mut new = run.next();
@@ -77,7 +77,7 @@ fn what_fails_is_undone_and_the_previous_command_has_the_store() {
     if !has_python() {
         return;
     }
-    let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
+    let (run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
     old.tell("put('f', os.memfd_create('x')); barrier()");
     // It ends at once.
     let request = Upgrade { program: Some("/bin/sh".into()), ..to(&["-c", "exit 4"]) };
@@ -112,7 +112,7 @@ fn one_that_knows_takeovers_is_taken_over_from() {
     if !has_python() {
         return;
     }
-    let (mut run, mut old) = Run::puppet(&["--listen", "127.0.0.1:0"]);
+    let (run, mut old) = Run::puppet(&["--listen", "127.0.0.1:0"]);
     old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); put('f', os.memfd_create('x')); barrier()");
     let outcome = begin(&run, to(&[PUPPET, "second"]));
     let mut new = run.next();
@@ -139,7 +139,7 @@ fn a_takeover_that_fails_leaves_the_old_one_serving() {
     if !has_python() {
         return;
     }
-    let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
+    let (run, mut old) = Run::puppet(&["--start-timeout", "6s"]);
     old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); barrier()");
     // It ends.
     let outcome = begin(&run, to(&[PUPPET, "second"]));
@@ -177,7 +177,7 @@ fn an_old_one_that_lingers_is_stopped() {
     if !has_python() {
         return;
     }
-    let (mut run, mut old) = Run::puppet(&["--start-timeout", "6s", "--stop-timeout", "300ms"]);
+    let (run, mut old) = Run::puppet(&["--start-timeout", "6s", "--stop-timeout", "300ms"]);
     old.tell("signal.signal(signal.SIGTERM, signal.SIG_IGN)");
     old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); barrier()");
     let outcome = begin(&run, to(&[PUPPET, "second"]));

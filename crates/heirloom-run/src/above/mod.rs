@@ -28,6 +28,7 @@
 //! Nothing here waits, and nothing of it can make this process fail: a supervisor that does not read, or is gone, is said
 //! once in the log.
 
+mod flight;
 mod inherited;
 mod page;
 mod record;
@@ -59,6 +60,9 @@ const HEIRLOOM_STORE: &str = "HEIRLOOM_STORE";
 /// Between two texts that are told, at least.
 const TEXT_PAUSE: Duration = Duration::from_millis(200);
 
+/// Between two looks at the limit on what is in flight.
+const LIMIT_PAUSE: Duration = Duration::from_secs(1);
+
 /// What the event loop is told is ready: the voice, or a page's trial, by its id.
 const VOICE: u64 = u64::MAX;
 
@@ -73,6 +77,9 @@ pub(crate) struct Above {
     watchdog: Option<Watchdog>,
     text: String,
     next_text: Option<Moment>,
+    /// Whose limit was looked at, and when it may be looked at again.
+    limit_of: Option<u32>,
+    next_limit: Option<Moment>,
 }
 
 #[derive(Debug)]
@@ -92,7 +99,7 @@ impl Above {
         epoll::add(&epoll, &voice, waits, epoll::EventFlags::empty()).ok()?;
         // Twice as often as is asked for.
         let watchdog = notify::watchdog_interval().map(|every| Watchdog { every: every / 2, next: now });
-        Some(Above {
+        let mut above = Above {
             voice,
             vault,
             epoll,
@@ -100,7 +107,13 @@ impl Above {
             watchdog,
             text: String::new(),
             next_text: None,
-        })
+            limit_of: None,
+            next_limit: None,
+        };
+        if let Some(vault) = &mut above.vault {
+            vault.limit(flight::most(None));
+        }
+        Some(above)
     }
 
     /// Whether a signal that ends this process has probably been sent to the command as well: systemd does so, unless the
@@ -165,6 +178,17 @@ impl Above {
             // Only its hanging up is waited for, which is always told; closing it ends the watch.
             let _ =
                 epoll::add(&self.epoll, barrier, epoll::EventData::new_u64(id), epoll::EventFlags::empty());
+        }
+    }
+
+    /// Finds out how much may be in the vault while this is the command's process, if it would be more than it was.
+    pub(crate) fn look_at_limit(&mut self, command: Option<u32>, now: Moment) {
+        let Some(vault) = &mut self.vault else { return };
+        let is_new = self.limit_of != command;
+        if is_new || vault.is_limited() && self.next_limit.is_none_or(|at| at <= now) {
+            self.limit_of = command;
+            self.next_limit = Some(now.after(LIMIT_PAUSE));
+            vault.limit(flight::most(command));
         }
     }
 

@@ -24,6 +24,10 @@ fn probe_name(id: u64) -> String {
     format!("{PROBE}{id}")
 }
 
+/// Why an unprivileged user cannot have everything in the vault.
+const IN_FLIGHT: &str =
+    "it would be more in flight than the limit on open files allows (LimitNOFILE=, `ulimit -n`)";
+
 /// Who holds the entries, and lends them when they are to be put again.
 pub(crate) trait Holder {
     /// What has this number.
@@ -59,6 +63,8 @@ pub(crate) struct Vault {
     /// Pages with forgotten entries, up to these messages.
     dirty: BTreeMap<u64, u64>,
     trials: Vec<Trial>,
+    /// How many entries may be in it.
+    most: Option<usize>,
     /// Something has changed, so that what is missing may find a page.
     retry: bool,
     /// The one above has not kept a page: it is not asked again until it has one less.
@@ -129,7 +135,11 @@ impl Vault {
     /// Puts an entry.
     pub(crate) fn keep(&mut self, lent: &Lent<'_>, voice: &mut Voice) {
         // What waits comes first; and where there was no room, there still is none.
-        if !self.missing.is_empty() || self.write(std::slice::from_ref(lent), voice) == 0 {
+        if self.room() == 0 {
+            self.say_crowded(IN_FLIGHT);
+        }
+        if !self.missing.is_empty() || self.room() == 0 || self.write(std::slice::from_ref(lent), voice) == 0
+        {
             self.missing.insert(lent.record.number);
         }
     }
@@ -187,11 +197,30 @@ impl Vault {
     }
 
     fn retry_missing(&mut self, holder: &impl Holder, voice: &mut Voice) {
-        let missing: Vec<u64> = std::mem::take(&mut self.missing).into_iter().collect();
+        let room = self.room();
+        let missing: Vec<u64> = self.missing.iter().copied().take(room).collect();
+        for number in &missing {
+            self.missing.remove(number);
+        }
         self.put_again(&missing, holder, voice);
         if self.missing.is_empty() {
             (self.refused_said, self.crowded_said) = (false, false);
         }
+    }
+
+    /// No more than this may be in it from now on; what is, stays.
+    pub(crate) fn limit(&mut self, most: usize) {
+        self.most = Some(most).filter(|&most| most < usize::MAX);
+        self.retry = true;
+    }
+
+    fn room(&self) -> usize {
+        self.most.map_or(usize::MAX, |most| most.saturating_sub(self.places.len()))
+    }
+
+    /// Whether more is to be in it than may be.
+    pub(crate) fn is_limited(&self) -> bool {
+        self.room() == 0 && !self.missing.is_empty()
     }
 
     /// Puts these, as far as there is room; what there is none for is missing.
@@ -220,7 +249,7 @@ impl Vault {
                 // Another page is looked for.
                 Err(Refusal::Full) => page.close(),
                 Err(Refusal::InFlight) => {
-                    self.say_crowded("too many descriptors are in flight: see LimitNOFILE=, `ulimit -n`");
+                    self.say_crowded(IN_FLIGHT);
                     break;
                 }
                 Err(Refusal::Other(why)) => {

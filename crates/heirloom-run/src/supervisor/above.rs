@@ -338,6 +338,10 @@ impl Core {
         }
         self.note_processes();
         self.note_memory();
+        let command = self.main.as_ref().map(|main| main.pid);
+        if let Some(above) = &mut self.above {
+            above.look_at_limit(command, now);
+        }
         self.settle(now);
         self.announce(self.to_announce());
         let text = self.text_above();

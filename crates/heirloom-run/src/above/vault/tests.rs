@@ -91,6 +91,7 @@ enum Op {
     RemoveAny(u16),
     Settle,
     SupervisorReads,
+    Limit(u16),
     Killed,
     Upgraded,
 }
@@ -102,6 +103,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => any::<u16>().prop_map(Op::RemoveAny),
         4 => Just(Op::Settle),
         4 => Just(Op::SupervisorReads),
+        1 => (0_u16..1000).prop_map(Op::Limit),
         1 => Just(Op::Killed),
         1 => Just(Op::Upgraded),
     ]
@@ -227,6 +229,7 @@ impl World {
             }
             Op::Settle => self.settle(),
             Op::SupervisorReads => self.supervisor_reads(),
+            Op::Limit(most) => self.vault.limit(most.into()),
             Op::Killed => self.kill(),
             Op::Upgraded => self.upgrade(),
         }
@@ -241,6 +244,7 @@ proptest! {
         for op in &ops {
             world.play(op);
         }
+        world.vault.limit(usize::MAX);
         for _ in 0..20 {
             world.supervisor_reads();
             world.settle();
