@@ -3,7 +3,7 @@
 use std::fmt;
 
 use heirloom::control::{ClientError, Failure as Refusal, FailureCode};
-use heirloom::protocol::Cause;
+use heirloom::protocol::{Cause, Reason};
 use heirloom::upgrade::AskError;
 use heirloom::{StartError, TakeoverError};
 
@@ -22,6 +22,14 @@ pub(crate) struct Failure {
 impl Failure {
     pub(crate) fn new(exit: Exit, error: impl Into<anyhow::Error>) -> Self {
         Failure { exit, incumbent_died: false, error: error.into() }
+    }
+
+    /// Where and why a takeover ended, if it is that.
+    pub(crate) fn reason(&self) -> Option<&Reason> {
+        match self.error.downcast_ref()? {
+            TakeoverError::Ended(reason) => Some(reason),
+            TakeoverError::Serving(_) => None,
+        }
     }
 }
 

@@ -125,7 +125,10 @@ fn main() -> Exit {
         Command::DemoSuccessor(args) => demo::successor::run(args),
     };
     result.unwrap_or_else(|failure| {
-        tracing::error!("{failure}");
+        tracing::error!(
+            step = failure.reason().map(|reason| tracing::field::display(reason.step)),
+            "{failure}"
+        );
         failure.exit
     })
 }

@@ -106,7 +106,9 @@ fn successor_row(point: &str, steps: &[&str]) -> Vec<String> {
             "{what}: {reason}"
         );
         assert!(causes.iter().any(|cause| reason.contains(cause)), "{what}: {reason}");
-        wait_for("the incumbent's log of it", || incumbent.stderr().contains(&reason));
+        let (step, cause) = reason.strip_prefix("at step ").and_then(|it| it.split_once(": ")).expect("both");
+        let logged = format!("step={step} reason={cause}");
+        wait_for("the incumbent's log of it", || incumbent.stderr().contains(&logged));
         // Right behind Ready, the failure may be found before the freeze or after it.
         if point != "ready" {
             let frozen = !matches!(point, "hello" | "offer" | "batch" | "offered");

@@ -6,7 +6,6 @@ use std::os::unix::fs::symlink;
 
 use support::guests::*;
 use support::systemd::{Systemd, repository};
-use support::*;
 
 const PAGE: &str = include_str!("../../../docs/operating.md");
 

@@ -396,7 +396,7 @@ fn the_directory_is_made_one_of_the_pods_user() {
     }
 }
 
-/// With `heirloom run` as their first process, which holds the old pod's connections until that ends.
+/// With `heirloom run` as their first process: the new pod's store holds everything, and the old one's ends with its pod.
 #[test]
 fn pods_with_a_store_hand_over_to_each_other() {
     let Some(node) = Node::new() else { return };
@@ -407,10 +407,21 @@ fn pods_with_a_store_hand_over_to_each_other() {
         let spec = Spec { own: Some(&own[number]), ..Spec::default() };
         node.pod(spec, &[&arguments[..], &["--control", CONTROL]].concat())
     };
+    let kill = |pod: &Pod| {
+        let server = proc::only_child(pod.init());
+        proc::signal(server, Signal::KILL);
+        wait_for("its end", || proc::has_ended(server));
+    };
     let mut old = run(0);
     let talk = talk(old.address(None));
+    kill(&old);
+    talk.wait_for_progress();
     let mut new = run(1);
     old.process.wait_for_code(0);
+    for _ in 0..3 {
+        talk.wait_for_progress();
+        kill(&new);
+    }
     talk.wait_for_progress();
     assert_heard(&talk.finish(), &[]);
     new.signal(Signal::TERM);

@@ -4,6 +4,7 @@ mod support;
 
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -211,6 +212,23 @@ fn without_a_journal_logging_to_it_is_an_error_that_says_what_to_do() {
     }
     chat.wait_for_code(1);
     assert!(chat.stderr().contains("--journal"), "{}", chat.stderr());
+}
+
+/// A stderr that is said to lead to the journal, where there is none: the log is on it, as ever.
+#[test]
+fn where_stderr_leads_to_a_journal_that_is_not_there_the_log_is_on_stderr() {
+    if std::path::Path::new("/run/systemd/journal/socket").exists() {
+        return; // The log would be in it.
+    }
+    let scratch = Scratch::new();
+    let log = std::fs::File::create(scratch.path("log")).expect("a file");
+    let metadata = log.metadata().expect("it is there");
+    let stream = format!("{}:{}", metadata.dev(), metadata.ino());
+    let mut ping = heirloom();
+    ping.args(["ping", "--control"]).arg(scratch.path("nobody.sock")).env("JOURNAL_STREAM", stream);
+    assert_eq!(ping.stderr(log).status().expect("it is there").code(), Some(3));
+    let said = std::fs::read_to_string(scratch.path("log")).expect("it is there");
+    assert!(said.contains("ERROR nobody serves at"), "{said}");
 }
 
 fn wait_until_connected_or_given_up(chat: &mut Process) {

@@ -4,17 +4,18 @@
 mod stream;
 mod support;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use heirloom::control::Status;
 use stream::Stream;
 use support::guests::*;
 use support::systemd::Systemd;
-use support::talk::Talk;
+use support::talk::{Talk, Talker};
 use support::*;
 
 const SERVER: &str = "heirloom-chat-server.service";
 const CLIENT: &str = "heirloom-chat.service";
+const RUN: &str = "heirloom-run-chat-server.service";
 
 /// How many talk all the time.
 const TALKERS: usize = 12;
@@ -113,12 +114,7 @@ fn a_chat_server_keeps_its_clients() {
         }
     }
     let talkers = talk.finish();
-    for listener in &talkers {
-        for speaker in talkers.iter().filter(|speaker| speaker.guest.name != listener.guest.name) {
-            assert_eq!(listener.ear.count(&speaker.guest.name), speaker.said);
-        }
-        assert!(listener.ear.left.is_empty(), "somebody was disconnected");
-    }
+    assert_everything_was_heard(&talkers);
     drop(talkers);
     wait_for("nothing of them to be stored", || systemd.stored(SERVER) == OWN);
     wait_for("systemd to be told so", || systemd.property(SERVER, "StatusText") == "clients: 0");
@@ -156,6 +152,83 @@ fn a_chat_client_keeps_its_connection() {
         }
     }
     stream.ends_exact_on(0, written, || std::fs::read(&file).expect("it is there"));
+}
+
+/// Both, `heirloom run` and what it runs, are killed, restarted and upgraded.
+#[test]
+fn a_chat_server_under_heirloom_run_keeps_its_clients() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[RUN]);
+    systemd.ctl(&["start", RUN]);
+    let (run, chat) = (systemd.path(&format!("/run/{}/run.sock", name(RUN))), control(&systemd, RUN));
+    let settled = || {
+        wait_for("systemd, heirloom run and the chat server to agree", || {
+            systemd.property(RUN, "ActiveState") == "active"
+                && try_status(&run).zip(try_status(&chat)).is_some_and(|(run, chat)| {
+                    let mut processes = systemd.processes(RUN);
+                    processes.sort_unstable();
+                    let mut expected = [run.pid, chat.pid];
+                    expected.sort_unstable();
+                    run.pid == systemd.main_pid(RUN)
+                        && run.supervised.and_then(|supervised| supervised.pid) == Some(chat.pid)
+                        && processes == expected
+                })
+        });
+        (status(&run).pid, status(&chat).pid)
+    };
+    settled();
+    let stored = systemd.stored(RUN);
+    let guests: Vec<Guest> = (0..TALKERS).map(|_| Guest::join(systemd.address)).collect();
+    let names: Vec<String> = guests.iter().map(|guest| guest.name.clone()).collect();
+    let talk = Talk::start(guests, &names);
+    let path = format!("/run/{}/run.sock", name(RUN));
+    let kill = |pid: u32| systemd.run(&["sh", "-c", &format!("kill -KILL {pid}")]);
+    /// What happens, and whether `heirloom run` and its command are other processes afterwards.
+    type Happens<'s> = (&'s str, &'s dyn Fn(u32, u32), bool, bool);
+    let events: [Happens<'_>; 7] = [
+        ("reload", &|_, _| systemd.ctl(&["reload", RUN]), false, true),
+        ("kill the command", &|_, chat| drop(kill(chat)), false, true),
+        ("kill heirloom run", &|run, _| drop(kill(run)), true, true),
+        ("daemon-reexec", &|_, _| systemd.ctl(&["daemon-reexec"]), false, false),
+        (
+            "upgrade --self",
+            &|_, _| drop(systemd.run(&["heirloom", "upgrade", "--self", "--control", &path])),
+            false,
+            false,
+        ),
+        ("restart", &|_, _| systemd.ctl(&["restart", RUN]), true, true),
+        ("daemon-reload", &|_, _| systemd.ctl(&["daemon-reload"]), false, false),
+    ];
+    for _ in 0..ROUNDS {
+        for (what, happen, other_run, other_chat) in &events {
+            talk.wait_for_progress();
+            let before = settled();
+            happen(before.0, before.1);
+            let gone = |control: &Path, pid, other: bool| {
+                wait_for("the next process", || {
+                    !other || try_status(control).is_some_and(|now| now.pid != pid)
+                });
+            };
+            gone(&run, before.0, *other_run);
+            gone(&chat, before.1, *other_chat);
+            let after = settled();
+            assert_eq!((after.0 != before.0, after.1 != before.1), (*other_run, *other_chat), "{what}");
+            talk.wait_for_progress();
+        }
+    }
+    let talkers = talk.finish();
+    assert_everything_was_heard(&talkers);
+    drop(talkers);
+    wait_for("nothing of them to be stored", || systemd.stored(RUN) == stored);
+}
+
+fn assert_everything_was_heard(talkers: &[Talker]) {
+    for listener in talkers {
+        for speaker in talkers.iter().filter(|speaker| speaker.guest.name != listener.guest.name) {
+            assert_eq!(listener.ear.count(&speaker.guest.name), speaker.said);
+        }
+        assert!(listener.ear.left.is_empty(), "somebody was disconnected");
+    }
 }
 
 /// systemd listens; the server comes with the first client, and goes and comes again.
@@ -255,4 +328,36 @@ fn a_process_outside_of_the_unit() {
     systemd.kill_main(SERVER);
     guests[0].say("and here\n");
     guests[1].hears(&[&format!("<{}> and here", guests[0].name)]);
+}
+
+/// A stop is the end of all connections, unless the store is to outlive it, which systemd can from version 254 on.
+#[test]
+fn a_stop_with_a_store_that_is_preserved() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    systemd.drop_in(SERVER, "[Service]\nFileDescriptorStorePreserve=yes\n");
+    // As a unit that is enabled: one that nobody wants is forgotten when it is stopped.
+    systemd.drop_in("basic.target", &format!("[Unit]\nWants={SERVER}\n"));
+    systemd.ctl(&["start", SERVER]);
+    let control = control(&systemd, SERVER);
+    let mut guests = [Guest::join(systemd.address), Guest::join(systemd.address)];
+    guests[0].line();
+    systemd.ctl(&["stop", SERVER]);
+    let said = format!("<{}> while nobody served", guests[0].name);
+    if systemd.version() < 254 {
+        assert_eq!(systemd.stored(SERVER), 0);
+        assert_eq!(guests[0].try_line().unwrap_or(None), None, "disconnected");
+    } else {
+        assert_eq!(systemd.stored(SERVER), 2 + OWN);
+        guests[0].say("while nobody served\n");
+    }
+    systemd.ctl(&["start", SERVER]);
+    systemd.wait_until_settled(SERVER, &control);
+    if systemd.version() >= 254 {
+        guests[1].hears(&[&said]);
+        drop(guests);
+        wait_for("nothing of them to be stored", || systemd.stored(SERVER) == OWN);
+        systemd.ctl(&["stop", SERVER]);
+        systemd.ctl(&["clean", "--what=fdstore", SERVER]);
+    }
 }

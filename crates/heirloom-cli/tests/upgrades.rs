@@ -319,7 +319,7 @@ fn during_a_takeover_an_upgrade_is_refused_and_inspect_waits() {
     }
     serving.upgrade(&["--dry-run"]).failed(4, &busy);
     serving.first.signal(Signal::USR2);
-    wait_for("the signal's refusal", || serving.first.stderr().contains("no upgrade: "));
+    wait_for("the signal's refusal", || serving.first.stderr().contains("no upgrade "));
     let mut inspect = Process::start(heirloom().args(["inspect", "--control"]).arg(&serving.control));
     for _ in 0..20 {
         assert!(serving.status().takeover_running);
@@ -361,7 +361,7 @@ fn during_an_upgrade_others_are_refused_and_inspect_waits() {
         foreign.wait_for_code(4);
         assert!(foreign.stderr().contains("an upgrade is going on"), "{}", foreign.stderr());
         serving.first.signal(Signal::USR2);
-        wait_for("the signal's refusal", || serving.first.stderr().contains("no upgrade: "));
+        wait_for("the signal's refusal", || serving.first.stderr().contains("no upgrade "));
         let mut inspect = Process::start(heirloom().args(["inspect", "--control"]).arg(&serving.control));
         for _ in 0..20 {
             assert!(serving.status().takeover_running);

@@ -1,7 +1,7 @@
 //! What an operator may want to set: who may ask, how much is accepted, how long is waited.
 
 use crate::limits::Limits;
-use crate::notify::NOTIFY_SOCKET;
+use crate::notify;
 use crate::peer::PeerPolicy;
 use crate::protocol::{Fencing, Times};
 
@@ -79,7 +79,7 @@ impl Outsiders {
     /// Whether they are refused here.
     pub(crate) fn are_refused(self) -> bool {
         match self {
-            Outsiders::ByEnvironment => std::env::var_os(NOTIFY_SOCKET).is_some_and(|it| !it.is_empty()),
+            Outsiders::ByEnvironment => notify::is_supervised(),
             Outsiders::Refuse => true,
             Outsiders::Admit => false,
         }

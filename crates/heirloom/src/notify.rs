@@ -9,6 +9,7 @@ use std::fmt::Write;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -193,6 +194,17 @@ impl Notifier {
             .map_err(unreachable)?;
         peer.and_then(|peer| connect(&socket, &peer)).map_err(unreachable)?;
         Ok(Notifier { address: address.into(), socket })
+    }
+
+    /// Tells this supervisor from any other one, also from one at the same path in another mount namespace or before it.
+    pub(crate) fn supervisor(&self) -> String {
+        let address = self.address.to_string_lossy();
+        match std::fs::metadata(&self.address) {
+            Ok(file) => {
+                format!("{address} {}:{} {}.{}", file.dev(), file.ino(), file.mtime(), file.mtime_nsec())
+            }
+            Err(_) => address.into_owned(),
+        }
     }
 
     /// Tells something.

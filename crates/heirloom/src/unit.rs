@@ -55,8 +55,8 @@ impl fmt::Display for Outsider {
 /// Where a peer is, unless that cannot be seen from here.
 fn control_groups(peer: &Peer) -> Option<ControlGroups> {
     let groups = ControlGroups::read(&peer.pid?.to_string()).ok()?;
-    // If it has exited, the number may be another process's.
-    matches!(peer.exited(), Ok(Some(false))).then_some(groups)
+    // If it has exited, the number may be another process's. A kernel without pidfds cannot tell.
+    matches!(peer.exited(), Ok(Some(false) | None)).then_some(groups)
 }
 
 /// The hierarchies in which systemd keeps its units; where there are both, it has them in both.

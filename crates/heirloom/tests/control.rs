@@ -209,6 +209,7 @@ mod messages {
                 ended: Some(text.clone()),
                 text,
                 limit,
+                kept_above: Some(limit).filter(|limit| limit % 2 == 0),
             });
         let last = (
             any::<String>(),

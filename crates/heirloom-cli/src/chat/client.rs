@@ -133,7 +133,9 @@ impl Client {
             if next == Next::Go {
                 next = self.answer()?;
             }
-            if let Some(kept) = &mut self.kept {
+            if let Some(kept) = &mut self.kept
+                && !matches!(self.mode, Mode::Stopping { .. })
+            {
                 kept.tell(&self.incumbent);
             }
             if next == Next::Go {
@@ -229,7 +231,8 @@ impl Client {
     /// SIGUSR2 has come: does what `heirloom upgrade` without options asks for.
     fn upgrade(&mut self) {
         if let Err(refusal) = self.incumbent.upgrade(Upgrade::default()) {
-            tracing::warn!("no upgrade: {refusal}");
+            let generation = self.incumbent.generation();
+            tracing::warn!(generation, reason = refusal.message, "no upgrade");
         }
     }
 
@@ -325,14 +328,16 @@ impl Client {
     fn hear(&mut self, notice: Notice) -> Result<Next, Failure> {
         match notice {
             Notice::Thawed(Ok(Outcome::Taken(by))) => {
-                tracing::info!("replaced by {by}");
+                let generation = self.incumbent.generation();
+                tracing::info!(peer_pid = by.pid, generation, items = by.items, "replaced by {by}");
                 if let Some(kept) = self.kept.take() {
                     kept.hand_over(&by);
                 }
                 return Ok(Next::End);
             }
             Notice::Thawed(Ok(Outcome::Resumed(reason))) => {
-                tracing::warn!("serving on; the takeover ended {reason}");
+                let generation = self.incumbent.generation();
+                tracing::warn!(generation, step = %reason.step, reason = %reason.cause, "serving on");
             }
             Notice::Thawed(Ok(Outcome::Superseded(reason))) => {
                 self.kept = None;

@@ -239,6 +239,7 @@ fn go_on(
 ) -> (Incumbent<ChatRequest>, Beginning) {
     tracing::info!(
         from = %taken.from,
+        peer_pid = taken.from.pid,
         generation = taken.incumbent.generation(),
         pause_us = taken.pause.as_micros() as u64,
         "{}",

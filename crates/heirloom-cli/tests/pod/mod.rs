@@ -46,12 +46,13 @@ impl Node {
     /// Makes a node, whose network this thread enters, and with it the threads and processes that it starts from now on. `None`,
     /// said loudly, where there can be none.
     pub(crate) fn new() -> Option<Node> {
-        let missing: Vec<_> = ["unshare", "nsenter", "setpriv", "pivot_root", "ip"]
-            .into_iter()
-            .filter(|program| !have(program))
-            .collect();
-        if !missing.is_empty() || !rustix::process::geteuid().is_root() {
-            skip(&format!("pods are made by root, with util-linux and iproute2; missing: {missing:?}"));
+        if !rustix::process::geteuid().is_root() {
+            skip("pods are made by root");
+            return None;
+        }
+        let needed = ["unshare", "nsenter", "setpriv", "pivot_root", "ip"];
+        if let Some(missing) = needed.into_iter().find(|program| !have(program)) {
+            skip(&format!("pods are made with util-linux and iproute2, and {missing} is not there"));
             return None;
         }
         let mut command = Command::new("unshare");

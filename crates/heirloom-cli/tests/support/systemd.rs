@@ -16,7 +16,7 @@ const AS_SHIPPED: &str = "127.0.0.1:31337";
 /// The exit code of the box where there can be none.
 const UNABLE: i32 = 77;
 
-/// A box that is booted; it is taken down when it goes out of scope, or when this process ends.
+/// A box that is booted: this machine's systemd, or that of the system that `HEIRLOOM_SYSTEMD_ROOT` says (`CONTRIBUTING.md`); it is taken down when it goes out of scope, or when this process ends.
 pub(crate) struct Systemd {
     /// It runs a program that ends with its stdin.
     script: Process,
@@ -56,6 +56,9 @@ impl Systemd {
             .expect("the program");
         let pid_file = share.path("pid");
         let mut command = Command::new(repository("scripts/systemd-box.sh"));
+        if let Some(root) = std::env::var_os("HEIRLOOM_SYSTEMD_ROOT") {
+            command.arg("--root").arg(root);
+        }
         command.args(options).arg("--share").arg(share.path("")).arg("--pid-file").arg(&pid_file).arg("cat");
         let mut script = Process::start(&mut command);
         wait_for("systemd to boot", || pid_file.exists() || !script.is_running());
@@ -140,6 +143,12 @@ impl Systemd {
     #[track_caller]
     pub(crate) fn ctl(&self, arguments: &[&str]) {
         self.run(&[&["systemctl"], arguments].concat());
+    }
+
+    /// Which systemd it is.
+    pub(crate) fn version(&self) -> u32 {
+        let said = self.run(&["systemctl", "--version"]);
+        said.split_whitespace().nth(1).and_then(|version| version.parse().ok()).expect("a version")
     }
 
     /// What the journal has of a unit.

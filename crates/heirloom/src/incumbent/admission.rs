@@ -12,7 +12,7 @@ use crate::control::request::{Failure, FailureCode, Hello, Reply, VersionRange, 
 use crate::control::status::LastTakeover;
 use crate::crash::{self, Point};
 use crate::peer::Peer;
-use crate::protocol;
+use crate::protocol::{self, Step};
 use crate::service::{Service, named};
 use crate::transport::socket::takeover::Takeover;
 use crate::unit::Outsider;
@@ -40,7 +40,15 @@ impl<A> Incumbent<A> {
         });
         match admitted {
             Ok((protocol, peer, outsider, channel, other)) => {
-                tracing::info!(successor = %peer, program = hello.program, version = hello.version, "takeover begins");
+                tracing::info!(
+                    successor = %peer,
+                    peer_pid = peer.pid,
+                    generation = self.record.generation,
+                    program = hello.program,
+                    version = hello.version,
+                    outsider,
+                    "takeover begins"
+                );
                 crash::reach(Point::HelloAdmitted);
                 let welcome = Reply::Takeover(Welcome {
                     protocol,
@@ -61,7 +69,15 @@ impl<A> Incumbent<A> {
                 self.takeover = Some(Box::new(takeover));
             }
             Err(refusal) => {
-                tracing::warn!(pid = hello.pid, reason = refusal.message, "takeover refused");
+                let peer = self.connections.get(&id).map(|connection| &connection.peer);
+                tracing::warn!(
+                    successor = peer.map(tracing::field::display),
+                    peer_pid = peer.and_then(|peer| peer.pid),
+                    generation = self.record.generation,
+                    step = %Step::Hello,
+                    reason = refusal.message,
+                    "takeover refused"
+                );
                 if refusal.code != FailureCode::Busy {
                     self.last_takeover = Some(LastTakeover {
                         outcome: "refused".into(),
@@ -82,7 +98,8 @@ impl<A> Incumbent<A> {
 
     /// Why the process on this connection may not take over by its place, if so.
     pub(super) fn refuse_outsider(&self, id: ConnectionId) -> Result<(), Failure> {
-        match Outsider::find(&self.identify(id)?, self.config.outsiders) {
+        let connection = self.connections.get(&id).ok_or_else(|| failed("the connection has ended"))?;
+        match Outsider::find(&connection.peer, self.config.outsiders) {
             Some(outsider) => Err(Failure { code: FailureCode::Outsider, message: outsider.to_string() }),
             None => Ok(()),
         }

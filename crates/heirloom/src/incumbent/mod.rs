@@ -356,15 +356,22 @@ impl<A> Incumbent<A> {
         let pause = takeover.frozen_at_ns.map(|frozen| (clock::monotonic_ns() - frozen) / 1000);
         let (name, reason) = match &outcome {
             IncumbentOutcome::Taken => ("taken", None),
-            IncumbentOutcome::Resumed(reason) => ("resumed", Some(reason.to_string())),
-            IncumbentOutcome::Superseded(reason) => ("superseded", Some(reason.to_string())),
+            IncumbentOutcome::Resumed(reason) => ("resumed", Some(reason)),
+            IncumbentOutcome::Superseded(reason) => ("superseded", Some(reason)),
         };
-        if let Some(reason) = &reason {
-            tracing::warn!(successor = %takeover.successor, reason, "takeover ended: {name}");
+        if let Some(reason) = reason {
+            tracing::warn!(
+                successor = %takeover.successor,
+                peer_pid = takeover.successor.pid,
+                generation = self.record.generation,
+                step = %reason.step,
+                reason = %reason.cause,
+                "takeover ended: {name}"
+            );
         }
         self.last_takeover = Some(LastTakeover {
             outcome: name.into(),
-            reason,
+            reason: reason.map(ToString::to_string),
             peer_pid: takeover.successor.pid,
             items: takeover.items,
             bytes: takeover.bytes,

@@ -81,7 +81,11 @@ impl<A> Incumbent<A> {
                 }
             }
             Err(failure) => {
-                tracing::warn!(reason = failure.message, "upgrade refused");
+                tracing::warn!(
+                    generation = self.record.generation,
+                    reason = failure.message,
+                    "upgrade refused"
+                );
                 self.reply(id, Reply::Error(failure).to_line());
             }
         }
@@ -114,6 +118,7 @@ impl<A> Incumbent<A> {
         let launch = self.launch.for_request(request);
         tracing::info!(
             program = %launch.program.display(),
+            generation = self.record.generation,
             in_place = launch.in_place,
             dry_run = request.dry_run,
             "upgrade begins"
@@ -335,7 +340,12 @@ impl<A> Incumbent<A> {
 
     fn end_upgrade(&mut self, why: &str, code: FailureCode, what: &str) {
         let Some(mut running) = self.upgrade.take() else { return };
-        tracing::warn!(program = %running.launch.program.display(), reason = why, "upgrade failed");
+        tracing::warn!(
+            program = %running.launch.program.display(),
+            generation = self.record.generation,
+            reason = why,
+            "upgrade failed"
+        );
         let frozen_at_ns = match &running.phase {
             Phase::Frozen { signal_mask, frozen_at_ns, .. } => {
                 if let Err(error) = signal_mask.set() {

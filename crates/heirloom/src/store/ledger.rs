@@ -19,6 +19,7 @@ const STATE: u8 = 2;
 const REMOVED: u8 = 3;
 const APPLICATION: u8 = 4;
 const NEXT_ID: u8 = 5;
+const SUPERVISOR: u8 = 6;
 
 #[derive(Debug)]
 pub(super) struct Ledger {
@@ -26,24 +27,51 @@ pub(super) struct Ledger {
     entries: BTreeMap<ItemId, Entry>,
     application: Option<Vec<u8>>,
     next_id: u64,
+    /// With whom everything is stored, if it says so.
+    supervisor: Option<String>,
 }
 
 impl Ledger {
     /// A new one.
     pub(super) fn create() -> io::Result<Ledger> {
         let journal = Journal::create("heirloom-ledger")?;
-        Ok(Ledger { journal, entries: BTreeMap::new(), application: None, next_id: ItemId::FIRST.0 })
+        Ok(Ledger::of(journal))
     }
 
     /// Goes on with one.
     pub(super) fn open(file: OwnedFd, limits: &Limits) -> Result<Ledger, LedgerError> {
         let (journal, records) = Journal::open(file, limits)?;
-        let (entries, next_id) = (BTreeMap::new(), ItemId::FIRST.0);
-        let mut ledger = Ledger { journal, entries, application: None, next_id };
+        let mut ledger = Ledger::of(journal);
         for record in &records {
             ledger.read(record)?;
         }
         Ok(ledger)
+    }
+
+    /// An empty one, in which the ids of this one are known to have been given out.
+    pub(super) fn anew(&self) -> io::Result<Ledger> {
+        let mut ledger = Ledger::create()?;
+        ledger.write(&encoded(NEXT_ID, &self.next_id))?;
+        ledger.next_id = self.next_id;
+        Ok(ledger)
+    }
+
+    fn of(journal: Journal) -> Ledger {
+        let (entries, next_id) = (BTreeMap::new(), ItemId::FIRST.0);
+        Ledger { journal, entries, application: None, next_id, supervisor: None }
+    }
+
+    /// Whether what it lists can be stored with this supervisor. One of an older version does not say with whom it is.
+    pub(super) fn may_be_of(&self, supervisor: &str) -> bool {
+        self.supervisor.as_deref().is_none_or(|its| its == supervisor)
+    }
+
+    pub(super) fn set_supervisor(&mut self, supervisor: &str) -> io::Result<()> {
+        if self.supervisor.as_deref() != Some(supervisor) {
+            self.write(&encoded(SUPERVISOR, &supervisor))?;
+            self.supervisor = Some(supervisor.into());
+        }
+        Ok(())
     }
 
     pub(super) fn put(&mut self, entry: Entry) -> io::Result<()> {
@@ -109,6 +137,7 @@ impl Ledger {
         if let Some(state) = &self.application {
             records.push(encoded(APPLICATION, &ByteVec::from(state.clone())));
         }
+        records.extend(self.supervisor.as_ref().map(|supervisor| encoded(SUPERVISOR, supervisor)));
         records.extend(self.entries.values().map(|entry| encoded(PUT, entry)));
         if let Err(error) = self.journal.checkpoint(records) {
             tracing::warn!(%error, "cannot tidy the ledger of the store; it grows");
@@ -133,6 +162,7 @@ impl Ledger {
             }
             REMOVED => drop(self.entries.remove(&decoder.decode()?)),
             APPLICATION => self.application = Some(decoder.decode::<ByteVec>()?.into()),
+            SUPERVISOR => self.supervisor = Some(decoder.decode()?),
             NEXT_ID => self.next_id = self.next_id.max(decoder.u64()?),
             // Of a newer version, which has to do without it here.
             _ => {}
@@ -205,6 +235,26 @@ mod tests {
         let file = ledger.as_fd().try_clone_to_owned().unwrap();
         let error = Ledger::open(file, &Limits::default()).unwrap_err();
         assert!(matches!(error, LedgerError::Malformed(_)), "{error}");
+    }
+
+    #[test]
+    fn it_is_of_one_supervisor_and_none_other() {
+        let mut ledger = Ledger::create().unwrap();
+        ledger.put(entry(7, b"")).unwrap();
+        assert!(ledger.may_be_of("any, as it is of an older version"));
+        ledger.set_supervisor("first").unwrap();
+        let of_another = reopened(&ledger).anew().unwrap();
+        ledger.set_supervisor("second").unwrap();
+        // Also when a checkpoint has been written.
+        for round in 0..20_000_u32 {
+            ledger.set_application(&round.to_le_bytes()).unwrap();
+            ledger.set_application(&[0; 100]).unwrap();
+        }
+        let read = reopened(&ledger);
+        assert!(read.may_be_of("second") && !read.may_be_of("first"));
+        let read = reopened(&of_another);
+        assert_eq!((read.entries().count(), read.next_id()), (0, 8));
+        assert!(read.may_be_of("second"));
     }
 
     #[derive(Clone, Debug)]

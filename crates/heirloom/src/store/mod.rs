@@ -222,7 +222,8 @@ struct Waiting {
 
 impl Store {
     /// The store of a process that has taken over, or was upgraded in place: it goes on with the incumbent's `ledger`, which was
-    /// handed over as [`LEDGER_NAME`]. Where the incumbent had none, everything is still to be put. `None` without a supervisor.
+    /// handed over as [`LEDGER_NAME`]. Where the incumbent had none, or another supervisor, everything is still to be put. `None`
+    /// without a supervisor.
     ///
     /// # Errors
     ///
@@ -233,12 +234,15 @@ impl Store {
         limits: &Limits,
     ) -> Result<Option<Store>, RestoreError> {
         let Some(notifier) = supervisor() else { return Ok(None) };
-        let is_new = ledger.is_none();
-        let ledger = match ledger {
-            Some(file) => Ledger::open(file, limits),
-            None => Ledger::create().map_err(|error| LedgerError::Journal(error.into())),
-        };
+        let ledger = ledger.map(|file| Ledger::open(file, limits)).transpose();
         let ledger = ledger.map_err(|error| RestoreError::Ledger(error.into()))?;
+        let (ledger, is_new) = match ledger {
+            Some(ledger) if ledger.may_be_of(&notifier.supervisor()) => (Ok(ledger), false),
+            Some(of_another) => (of_another.anew(), true),
+            None => (Ledger::create(), true),
+        };
+        let ledger =
+            ledger.map_err(|error| RestoreError::Ledger(LedgerError::Journal(error.into()).into()))?;
         let mut store = Store::new(notifier, ledger, control);
         if is_new {
             // What another one says, if there is one, is not ours.
@@ -249,7 +253,10 @@ impl Store {
         Ok(Some(store))
     }
 
-    fn new(notifier: Notifier, ledger: Ledger, control: Option<&Path>) -> Store {
+    fn new(notifier: Notifier, mut ledger: Ledger, control: Option<&Path>) -> Store {
+        if let Err(error) = ledger.set_supervisor(&notifier.supervisor()) {
+            tracing::warn!(%error, "cannot say in the ledger with whom everything is stored");
+        }
         let (held, waiting) = (BTreeSet::new(), VecDeque::new());
         let mut store = Store { notifier: Some(notifier), ledger, held, waiting };
         let mut introduction = Message::new();
@@ -503,6 +510,33 @@ mod tests {
         let mut buffer = [0; 1000];
         let received = receive_with(socket, &mut buffer, Wait::DontWait).ok()?;
         Some((String::from_utf8_lossy(&buffer[..received.bytes]).into_owned(), received.descriptors.len()))
+    }
+
+    #[test]
+    fn who_ends_waits_for_a_supervisor_that_reads_and_not_for_ever_for_another() {
+        let (_directory, socket, mut store) = store();
+        let (reader, _writer) = io::pipe().unwrap();
+        let mut id = 0;
+        while !store.is_waiting() {
+            id += 1;
+            store.put(entry(id), &reader).unwrap();
+        }
+        assert!(!store.settle(Duration::from_millis(1)) && store.has_supervisor());
+        let (held, waits) = (ItemId(id - 1), ItemId(id));
+        assert!(store.holds(held) && !store.holds(waits));
+        let reading = std::thread::spawn(move || {
+            let mut told = Vec::new();
+            while told.last().is_none_or(|last: &String| !last.contains("FDSTOREREMOVE=1\nFDNAME=hl\n")) {
+                told.extend(next(&socket).map(|(message, _)| message));
+            }
+            told
+        });
+        assert!(store.settle(Duration::from_secs(60)) && store.holds(waits));
+        store.abandon(Duration::from_secs(60));
+        let told = reading.join().unwrap();
+        for id in 1..=id {
+            assert!(told.contains(&format!("FDSTOREREMOVE=1\nFDNAME=h{id}\n")), "{id}");
+        }
     }
 
     #[test]

@@ -93,6 +93,7 @@ impl Server {
         let (poll, house) = House::resume(bundle, service, &incumbent, ahead, backlog)?;
         tracing::info!(
             %from,
+            peer_pid = from.pid,
             generation = incumbent.generation(),
             pause_us = pause.as_micros() as u64,
             clients = house.clients(),
@@ -143,7 +144,9 @@ impl Server {
             if next == Next::Go {
                 next = self.answer(&events)?;
             }
-            self.house.tell(&self.incumbent);
+            if next == Next::Go && self.stopping.is_none() {
+                self.house.tell(&self.incumbent);
+            }
             if next == Next::Go {
                 next = self.go_on();
             }
@@ -194,7 +197,8 @@ impl Server {
         if self.signals.take_upgrade()
             && let Err(refusal) = self.incumbent.upgrade(Upgrade::default())
         {
-            tracing::warn!("no upgrade: {refusal}");
+            let generation = self.incumbent.generation();
+            tracing::warn!(generation, reason = refusal.message, "no upgrade");
         }
         if !self.signals.take_stop() {
             return Next::Go;
@@ -305,14 +309,18 @@ impl Server {
         match outcome {
             Ok(Outcome::Taken(by)) => {
                 self.house.replaced(&by);
-                tracing::info!("replaced by {by}");
+                let generation = self.incumbent.generation();
+                tracing::info!(peer_pid = by.pid, generation, items = by.items, "replaced by {by}");
                 return Ok(Next::Replaced);
             }
             Ok(Outcome::Superseded(reason)) => {
                 let what = "another process holds the service lock, so that this one may not serve; the takeover ended";
                 return Err(Failure::new(Exit::Failed, anyhow!("{what} {reason}")));
             }
-            Ok(Outcome::Resumed(reason)) => tracing::warn!("serving on; the takeover ended {reason}"),
+            Ok(Outcome::Resumed(reason)) => {
+                let generation = self.incumbent.generation();
+                tracing::warn!(generation, step = %reason.step, reason = %reason.cause, "serving on");
+            }
             Err(error) => tracing::error!("serving on: {error}"),
         }
         self.house.switchboard.keep();

@@ -128,7 +128,7 @@ impl Takeover {
                 }
                 IncumbentAction::Fence => {
                     if let Err(error) = self.successor.kill() {
-                        tracing::warn!(successor = %self.successor, %error, "cannot end a lingering successor");
+                        tracing::warn!(successor = %self.successor, peer_pid = self.successor.pid, %error, "cannot end a lingering successor");
                     }
                 }
                 IncumbentAction::Unlock => return Some(Task::Unlock),
@@ -232,7 +232,7 @@ impl Takeover {
     fn try_again(&mut self, now: Instant, message: ToSuccessor, error: &SendError) {
         if matches!(error, SendError::InFlight { .. }) && !self.waits_for_others {
             self.waits_for_others = true;
-            tracing::warn!(successor = %self.successor, %error, "the takeover waits");
+            tracing::warn!(successor = %self.successor, peer_pid = self.successor.pid, %error, "the takeover waits");
         }
         self.blocked = Some((message, now + RETRY));
     }

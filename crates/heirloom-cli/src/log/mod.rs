@@ -1,7 +1,10 @@
 //! Where the program's log goes and how much of it there is.
 //!
-//! Lines go to stderr as text or JSON, or to the journal. Logging never harms the program: a stderr that is closed,
+//! Lines go to stderr as text or JSON, or to the [journal], which is also where they go when stderr leads there, as under
+//! systemd: then with their fields. Logging never harms the program: a stderr that is closed,
 //! full or broken loses lines, and stalls the caller for a tenth of a second a line at most.
+
+mod journal;
 
 use std::env;
 use std::io::{self, IsTerminal, Write};
@@ -10,10 +13,14 @@ use std::os::fd::AsFd;
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
+
+use journal::Journal;
 
 /// The environment variable that sets the level where the command line does not.
 const LEVEL_VARIABLE: &str = "HEIRLOOM_LOG";
@@ -24,8 +31,15 @@ pub(crate) const ENVIRONMENT: &[(&str, &str)] = &[
         LEVEL_VARIABLE,
         "The level of the log where --log-level is not given: error, warn, info, debug or trace.",
     ),
+    (
+        journal::STREAM_VARIABLE,
+        "Which file leads to the journal. If that is stderr, the log goes there with its fields, unless --log-format is given.",
+    ),
     ("NO_COLOR", "If it is set and not empty, the log has no colours. It has them on terminals only."),
 ];
+
+/// How long a line may wait for room.
+const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// The options for logging, the same in every command.
 #[derive(Args, Clone, Debug, Default)]
@@ -34,7 +48,7 @@ pub(crate) struct LogOptions {
     #[arg(long, value_enum, value_name = "LEVEL", global = true)]
     log_level: Option<Level>,
 
-    /// How a line of the log on stderr looks [default: text]
+    /// Log to stderr, and how a line looks there [default: text, or the journal if stderr leads to it]
     #[arg(long, value_enum, value_name = "FORMAT", global = true, conflicts_with = "journal")]
     log_format: Option<Format>,
 
@@ -61,27 +75,41 @@ enum Format {
 /// Starts logging. To be called once, before anything is logged.
 pub(crate) fn init(options: &LogOptions) -> anyhow::Result<()> {
     let level = level(options.log_level, env::var(LEVEL_VARIABLE).ok().as_deref())?;
-    let layer = if options.journal {
-        tracing_journald::layer()
-            .context(
-                "cannot log to the journal: its socket /run/systemd/journal/socket does not answer; \
-                 leave --journal out to log to stderr, or start systemd-journald",
-            )?
-            .with_field_prefix(None)
-            .with_syslog_identifier("heirloom".to_owned())
-            .boxed()
-    } else {
-        // The layer reports a failed write with eprintln!, which panics when stderr is what failed.
-        let lines = fmt::layer().with_writer(|| Stderr).log_internal_errors(false);
-        match options.log_format.unwrap_or(Format::Text) {
-            Format::Text => lines.with_target(false).with_ansi(colours()).boxed(),
-            Format::Json => lines.json().flatten_event(true).boxed(),
-        }
+    let layer = match journal(options)? {
+        Some(journal) => journal.boxed(),
+        None => lines(options.log_format.unwrap_or(Format::Text)),
     };
     tracing_subscriber::registry()
         .with(layer.with_filter(level))
         .try_init()
         .context("cannot start logging: it was started before")
+}
+
+/// The journal, if the log goes there: because it is asked for, or because stderr leads there anyway.
+fn journal(options: &LogOptions) -> anyhow::Result<Option<Journal>> {
+    if options.journal {
+        let journal = Journal::connect().context(
+            "cannot log to the journal: its socket /run/systemd/journal/socket does not answer; \
+             leave --journal out to log to stderr, or start systemd-journald",
+        )?;
+        return Ok(Some(journal));
+    }
+    let stream = env::var(journal::STREAM_VARIABLE).ok();
+    let leads_there = options.log_format.is_none() && journal::is_stream(stream.as_deref(), io::stderr());
+    Ok(if leads_there { Journal::connect().ok() } else { None })
+}
+
+/// Lines on stderr.
+fn lines<S>(format: Format) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    // The layer reports a failed write with eprintln!, which panics when stderr is what failed.
+    let lines = fmt::layer().with_writer(|| Stderr).log_internal_errors(false);
+    match format {
+        Format::Text => lines.with_target(false).with_ansi(colours()).boxed(),
+        Format::Json => lines.json().flatten_event(true).boxed(),
+    }
 }
 
 /// The level from the command line, or else from the environment, or else `info`.
@@ -125,7 +153,6 @@ impl Write for Stderr {
 fn write_patiently<F: AsFd>(file: F, mut bytes: &[u8]) {
     // A pipe that polls writable has room for PIPE_BUF bytes (pipe(7)), so that the write does not block.
     const CHUNK: usize = 4096;
-    const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
     while !bytes.is_empty() {
         let mut fds = [PollFd::new(&file, PollFlags::OUT)];
         if !matches!(poll(&mut fds, Some(&PATIENCE)), Ok(1)) || !fds[0].revents().contains(PollFlags::OUT) {
