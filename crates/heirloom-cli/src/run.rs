@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// How often the command has to say that it is alive
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     watchdog: Option<Duration>,
-    /// Whether a supervisor above, systemd or another heirloom run, keeps what is held as well
+    /// Whether a supervisor above keeps what is held as well: systemd, or another of these
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = StoreAboveArg::Auto)]
     store_above: StoreAboveArg,
     /// The command says when it is ready, from its first start on; otherwise that is learned when it first does
@@ -58,9 +58,9 @@ Runs a command, keeps it running, and keeps its descriptors, as systemd does: fo
 no systemd. The command gets the sockets of --listen (LISTEN_FDS, see sd_listen_fds(3)). What it stores by sd_notify(3) \
 (FDSTORE=1) survives its death: the next process gets it in LISTEN_FDS after the sockets, or fetches it. It is \
 started again when it fails, after --restart-delay, and twice as long after each failure in quick succession, up to 10 s. \
-When heirloom run gives up or ends, what is stored is closed, and so it is when heirloom run itself is killed; unless there is a \
-supervisor above, systemd with FileDescriptorStoreMax= or another heirloom run: that keeps it as well, packed into few descriptors, and gives it back after a \
-SIGKILL, a restart or a failure of heirloom run. It is told READY, STATUS, RELOADING, STOPPING and WATCHDOG.
+When heirloom run gives up or ends, what is stored is closed, and so it is when heirloom run itself is killed. Under a \
+supervisor that keeps descriptors, systemd with FileDescriptorStoreMax= or another one of these, that keeps what is held as well, packed into few: it comes back \
+after heirloom run was killed, restarted or has failed. The supervisor is told READY, STATUS, RELOADING, STOPPING and WATCHDOG.
 
 The command may say that it is ready, what it does, that it is alive, and which is its main process (READY, STATUS, WATCHDOG, \
 MAINPID). All processes that descend from heirloom run may speak for it, and nobody else.
@@ -110,7 +110,7 @@ of its own with the same options, heirloom-run.",
             "Are set for the command if there is a watchdog.",
         ),
         (
-            "NOTIFY_SOCKET, WATCHDOG_USEC, FDSTORE, LISTEN_FDS …",
+            "NOTIFY_SOCKET, WATCHDOG_USEC, FDSTORE, LISTEN_FDS",
             "Where they are set for heirloom run itself, there is a supervisor above, which is told what goes on and keeps what is held.",
         ),
     ],

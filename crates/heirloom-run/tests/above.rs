@@ -179,15 +179,24 @@ struct Nested {
 
 impl Nested {
     fn start(options: &[&str]) -> Nested {
+        Nested::under(&[], options)
+    }
+
+    /// With options for the outer one, too.
+    fn under(outer: &[&str], options: &[&str]) -> Nested {
         let directory = tempfile::tempdir().expect("a directory");
         std::fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700))
             .expect("chmod");
+        let words = Nested::words(&directory, options);
+        let outer = [&["--tries", "0", "--restart", "always", "--restart-delay", "0s"], outer].concat();
+        Nested { outer: Run::start(&outer, &words), directory }
+    }
+
+    fn words(directory: &tempfile::TempDir, options: &[&str]) -> Vec<String> {
         let inner = [env!("CARGO_BIN_EXE_heirloom-run"), "--control"].map(String::from).into_iter();
         let inner = inner.chain([directory.path().join("inner").to_str().expect("text").to_owned()]);
         let inner = inner.chain(options.iter().map(|&option| option.to_owned())).chain(["--".to_owned()]);
-        let words: Vec<String> = inner.chain(puppet()).collect();
-        let outer = Run::start(&["--tries", "0", "--restart", "always", "--restart-delay", "0s"], &words);
-        Nested { outer, directory }
+        inner.chain(puppet()).collect()
     }
 
     fn inner_pid(&self) -> Option<u32> {
@@ -267,6 +276,80 @@ fn what_is_held_survives_every_end_of_run_but_the_last() {
     // The end for good: nothing is left above.
     last.begin("os._exit(0)");
     assert_eq!(nested.outer.next().names, "web");
+}
+
+#[test]
+fn sockets_stay_with_the_clients_that_wait_in_them() {
+    if !has_python() {
+        return;
+    }
+    let sockets = tempfile::tempdir().unwrap();
+    let option = |name: &str| format!("{name}={}", sockets.path().join(name).display());
+    let (a, b, c) = (option("a"), option("b"), option("c"));
+    let nested = Nested::under(&["--listen", "above=127.0.0.1:0"], &["--listen", &a, "--listen", &b]);
+    let mut first = nested.outer.next();
+    assert_eq!(first.names, "a:b:above");
+    let port = "socket.socket(fileno=os.dup(5)).getsockname()[1]";
+    let at = first.number(port);
+    // They wait where nobody has accepted them yet.
+    let mut tcp = std::net::TcpStream::connect(("127.0.0.1", at as u16)).unwrap();
+    let mut unix = std::os::unix::net::UnixStream::connect(sockets.path().join("a")).unwrap();
+    tcp.set_read_timeout(Some(LONG)).unwrap();
+    unix.set_read_timeout(Some(LONG)).unwrap();
+    first.tell("put('kept', os.memfd_create('x')); barrier()");
+    nested.kill_inner(Signal::KILL);
+    let mut second = nested.outer.next();
+    assert_eq!(second.names, "a:b:above:kept");
+    assert_eq!(second.number(port), at);
+    heirloom::upgrade::ask(&nested.control(), Upgrade { itself: true, ..Upgrade::default() }, LONG).unwrap();
+    second.kill(Signal::KILL);
+    let mut third = nested.outer.next();
+    assert_eq!(third.names, "a:b:above:kept");
+    for (descriptor, client) in [(3, &mut unix as &mut dyn std::io::Read), (5, &mut tcp)] {
+        third.tell(&format!("socket.socket(fileno=os.dup({descriptor})).accept()[0].sendall(b'hello')"));
+        let mut bytes = [0; 5];
+        client.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"hello");
+    }
+
+    // With other options: what is asked for no more is closed, what is new is bound, the rest stays.
+    let words = Nested::words(&nested.directory, &["--listen", &c, "--listen", &a]);
+    let request = Upgrade { arguments: Some(words[1..].to_vec()), ..Upgrade::default() };
+    let fourth = std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| nested.outer.upgrade(request));
+        let fourth = nested.outer.next();
+        upgrade.join().unwrap().unwrap();
+        fourth
+    });
+    assert_eq!(fourth.names, "c:a:above:kept");
+    for (name, is_there) in [("a", true), ("b", false), ("c", true)] {
+        let connected = std::os::unix::net::UnixStream::connect(sockets.path().join(name));
+        assert_eq!(connected.is_ok(), is_there, "{name}");
+    }
+}
+
+#[test]
+fn what_there_is_no_room_for_above_is_counted_and_the_rest_survives() {
+    if !has_python() {
+        return;
+    }
+    // A page, and what is put there for a moment to see whether it was kept.
+    let nested = Nested::under(&["--store-max", "2"], &[]);
+    let mut first = nested.outer.next();
+    first.tell("for i in range(400): put(f'n{i}', os.memfd_create('x'))");
+    first.tell("barrier()");
+    let kept = |nested: &Nested| nested.status().supervised.unwrap().kept_above.unwrap_or(0) as i64;
+    wait_for("the second page to be refused", || nested.outer.log().contains("no room for more"));
+    wait_for("its entries to be taken back", || (1..300).contains(&kept(&nested)));
+    assert_eq!(nested.status().items.len(), 400);
+    // Room is made, and used.
+    first.tell("for i in range(150): notify(f'FDSTOREREMOVE=1\\nFDNAME=n{i}')");
+    first.tell("barrier()");
+    wait_for("more to be kept", || kept(&nested) > 240);
+    let most = kept(&nested);
+    nested.kill_inner(Signal::KILL);
+    let second = nested.outer.next();
+    assert_eq!(second.given, most);
 }
 
 #[test]

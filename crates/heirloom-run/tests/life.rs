@@ -174,7 +174,7 @@ fn one_that_says_when_it_is_ready_has_a_time_for_it() {
     let options = ["--expect-ready", "--start-timeout", "100ms", "--tries", "2"];
     let mut run = Run::start(&options, &shell("exec sleep 1000"));
     assert_eq!(run.code(), 143);
-    assert_eq!(run.log().matches("does not say that it is ready").count(), 2, "{}", run.log());
+    wait_for("both to be said", || run.log().matches("does not say that it is ready").count() == 2);
 }
 
 #[test]

@@ -136,8 +136,17 @@ impl Page {
 
     /// Appends one message with as many of these as fit in it; gives how many, and which message it is.
     pub(crate) fn append(&mut self, lent: &[Lent<'_>]) -> Result<(usize, u64), Refusal> {
+        self.append_up_to(lent, self.room())
+    }
+
+    /// The same with what is in this page already, and is to be taken out where it was: there may be more than fits for so long.
+    pub(crate) fn append_again(&mut self, lent: &[Lent<'_>]) -> Result<(usize, u64), Refusal> {
+        self.append_up_to(lent, MAX_DESCRIPTORS)
+    }
+
+    fn append_up_to(&mut self, lent: &[Lent<'_>], room: usize) -> Result<(usize, u64), Refusal> {
         let mut bytes = 0;
-        let room = self.room().min(MAX_DESCRIPTORS);
+        let room = room.min(MAX_DESCRIPTORS);
         let fitting = lent.iter().take(room).take_while(|lent| {
             bytes += lent.record.name.len() + RECORD;
             bytes <= LONGEST

@@ -176,7 +176,7 @@ impl Vault {
         self.remove_spares(voice);
     }
 
-    /// Takes all messages up to this one out of a page, when what is to stay of them is in a page behind.
+    /// Takes all messages up to this one out of a page, when what is to stay of them is in the page again behind.
     fn rewrite(&mut self, id: u64, mut message: u64, holder: &impl Holder, voice: &mut Voice) {
         let Some(page) = self.pages.get_mut(&id) else { return };
         let goes_on = page.has_pen_behind(message) || page.append_pen().is_ok();
@@ -186,8 +186,18 @@ impl Vault {
             page.close();
         }
         let stay = page.through(message).filter(|&(number, at)| self.places.get(&number) == Some(&(id, at)));
-        let stay: Vec<u64> = stay.map(|(number, _)| number).collect();
-        self.put_again(&stay, holder, voice);
+        let stay: Vec<Lent<'_>> = stay.filter_map(|(number, _)| holder.lend(number)).collect();
+        let mut again = 0;
+        while goes_on
+            && again < stay.len()
+            && let Ok((count, at)) = page.append_again(&stay[again..])
+        {
+            for lent in &stay[again..again + count] {
+                self.places.insert(lent.record.number, (id, at));
+            }
+            again += count;
+        }
+        self.put_again(&stay[again..], voice);
         if let Some(page) = self.pages.get_mut(&id) {
             page.take_out(message);
         }
@@ -202,7 +212,8 @@ impl Vault {
         for number in &missing {
             self.missing.remove(number);
         }
-        self.put_again(&missing, holder, voice);
+        let lent: Vec<Lent<'_>> = missing.iter().filter_map(|&number| holder.lend(number)).collect();
+        self.put_again(&lent, voice);
         if self.missing.is_empty() {
             (self.refused_said, self.crowded_said) = (false, false);
         }
@@ -224,9 +235,8 @@ impl Vault {
     }
 
     /// Puts these, as far as there is room; what there is none for is missing.
-    fn put_again(&mut self, numbers: &[u64], holder: &impl Holder, voice: &mut Voice) {
-        let lent: Vec<Lent<'_>> = numbers.iter().filter_map(|&number| holder.lend(number)).collect();
-        let written = self.write(&lent, voice);
+    fn put_again(&mut self, lent: &[Lent<'_>], voice: &mut Voice) {
+        let written = self.write(lent, voice);
         for lent in &lent[written..] {
             self.places.remove(&lent.record.number);
             self.missing.insert(lent.record.number);
@@ -267,22 +277,23 @@ impl Vault {
         }
     }
 
-    /// A page that can be written to: the open one, one that is half empty, or a new one.
+    /// A page that can be written to: the open one, one that is half empty, or a new one; any that has room if there is none.
     fn page_with_room(&mut self, voice: &mut Voice) -> Option<u64> {
-        let on_its_way = self.on_its_way.map(|(id, _)| id);
-        let has = |page: &Page, room| page.room() >= room;
-        if let Some(open) = self.open
-            && self.pages.get(&open).is_some_and(|page| has(page, 1))
-        {
+        let room = |pages: &BTreeMap<u64, Page>, id| pages.get(&id).map_or(0, Page::room);
+        if let Some(open) = self.open.filter(|&open| room(&self.pages, open) > 0) {
             return Some(open);
         }
-        let half_empty =
-            self.pages.iter().find(|(id, page)| Some(**id) != on_its_way && has(page, CAPACITY / 2));
-        self.open = half_empty.map(|(&id, _)| id);
-        if self.open.is_some() || self.refused || on_its_way.is_some() {
-            return self.open;
-        }
-        self.open = self.new_page(voice);
+        let on_its_way = self.on_its_way.map(|(id, _)| id);
+        let sent = self.pages.keys().copied().filter(|&id| Some(id) != on_its_way);
+        let emptiest = sent.max_by_key(|&id| room(&self.pages, id));
+        let has = emptiest.map_or(0, |id| room(&self.pages, id));
+        self.open = if has >= CAPACITY / 2 {
+            emptiest
+        } else if self.refused || on_its_way.is_some() {
+            emptiest.filter(|_| has > 0)
+        } else {
+            self.new_page(voice).or(emptiest.filter(|_| has > 0))
+        };
         self.open
     }
 

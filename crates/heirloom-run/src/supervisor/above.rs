@@ -271,14 +271,19 @@ impl Core {
     }
 
     fn note_memory(&mut self) {
+        let is_same = |noted: &Memory| {
+            noted.known == self.known
+                && noted.asked.as_ref() == Some(&self.options.command)
+                && noted.command.as_ref() == Some(&self.command)
+        };
+        if self.noted.memory.as_ref().is_some_and(|(.., noted)| is_same(noted)) {
+            return;
+        }
         let memory = Memory {
             known: self.known.clone(),
             asked: Some(self.options.command.clone()),
             command: Some(self.command.clone()),
         };
-        if self.noted.memory.as_ref().is_some_and(|(.., noted)| *noted == memory) {
-            return;
-        }
         let Ok(memfd) = write_memory(&memory) else { return };
         let number = self.new_id();
         let before = self.noted.memory.replace((number, memfd, memory));

@@ -303,6 +303,7 @@ impl Core {
             let state = Cbor::encode(&Stored { put_by: held.put_by, polled: held.polled })?;
             items.push(entry(number, &held.name, state));
         }
+        items.sort_by_key(|item| item.id);
         let mut next_id = self.next_id;
         for (_, inbox, pen, ..) in self.page_items() {
             items.extend([inbox, pen].map(|id| entry(id, PAGE_NAME, Vec::new())));
