@@ -37,12 +37,14 @@ enum Event {
 }
 
 impl Event {
-    const ALL: [Event; 6] = [
+    const ALL: [Event; 8] = [
         Event::Reload,
         Event::DaemonReexec,
         Event::Kill,
         Event::InPlace,
+        Event::Restart,
         Event::DaemonReload,
+        Event::Reload,
         Event::Restart,
     ];
 
@@ -118,6 +120,7 @@ fn a_chat_server_keeps_its_clients() {
     drop(talkers);
     wait_for("nothing of them to be stored", || systemd.stored(SERVER) == OWN);
     wait_for("systemd to be told so", || systemd.property(SERVER, "StatusText") == "clients: 0");
+    assert_in_order(&systemd, SERVER);
 }
 
 #[test]
@@ -152,6 +155,7 @@ fn a_chat_client_keeps_its_connection() {
         }
     }
     stream.ends_exact_on(0, written, || std::fs::read(&file).expect("it is there"));
+    assert_in_order(&systemd, CLIENT);
 }
 
 /// Both, `heirloom run` and what it runs, are killed, restarted and upgraded.
@@ -220,6 +224,14 @@ fn a_chat_server_under_heirloom_run_keeps_its_clients() {
     assert_everything_was_heard(&talkers);
     drop(talkers);
     wait_for("nothing of them to be stored", || systemd.stored(RUN) == stored);
+}
+
+/// systemd has always known whom it supervises, and has waited for its end.
+fn assert_in_order(systemd: &Systemd, unit: &str) {
+    let journal = systemd.journal(unit);
+    for complaint in ["not our child", "remains running", "left-over process", "with signal SIGKILL"] {
+        assert!(!journal.contains(complaint), "{complaint:?} is in {journal}");
+    }
 }
 
 fn assert_everything_was_heard(talkers: &[Talker]) {
