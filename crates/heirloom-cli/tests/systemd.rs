@@ -4,6 +4,7 @@
 mod stream;
 mod support;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use heirloom::control::Status;
@@ -372,4 +373,59 @@ fn a_stop_with_a_store_that_is_preserved() {
         systemd.ctl(&["stop", SERVER]);
         systemd.ctl(&["clean", "--what=fdstore", SERVER]);
     }
+}
+
+/// One that hangs is ended by systemd, which hears of every other one that it lives, of a successor too.
+#[test]
+fn the_watchdog() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    systemd.drop_in(SERVER, "[Service]\nWatchdogSec=1s\nTimeoutAbortSec=100ms\n");
+    systemd.ctl(&["start", SERVER]);
+    let control = control(&systemd, SERVER);
+    let mut guests = [Guest::join(systemd.address), Guest::join(systemd.address)];
+    guests[0].line();
+    systemd.ctl(&["reload", SERVER]);
+    systemd.wait_until_settled(SERVER, &control);
+    let successor = status(&control).pid;
+    for _ in 0..3 {
+        let heard = || systemd.property(SERVER, "WatchdogTimestampMonotonic");
+        let before = heard();
+        wait_for("a sign of life", || heard() != before);
+    }
+    assert_eq!(systemd.main_pid(SERVER), successor);
+    systemd.ctl(&["kill", "--signal=STOP", "--kill-who=main", SERVER]);
+    guests[0].say("is somebody there\n");
+    guests[1].hears(&[&format!("<{}> is somebody there", guests[0].name)]);
+    systemd.wait_until_settled(SERVER, &control);
+    assert_ne!(status(&control).pid, successor);
+    let journal = systemd.journal(SERVER);
+    assert!(journal.contains("Watchdog timeout"), "{journal}");
+}
+
+/// Lines are found by their fields.
+#[test]
+fn the_journal_has_fields() {
+    let Some(systemd) = Systemd::boot() else { return };
+    systemd.install(&[SERVER]);
+    systemd.ctl(&["start", SERVER]);
+    systemd.ctl(&["reload", SERVER]);
+    systemd.wait_until_settled(SERVER, &control(&systemd, SERVER));
+    systemd.run(&["journalctl", "--sync"]);
+    let find = |fields: &[&str]| -> Vec<BTreeMap<String, String>> {
+        let found = systemd.run(&[&["journalctl", "-u", SERVER, "-o", "json"], fields].concat());
+        found.lines().map(|line| serde_json::from_str(line).expect("text alone")).collect()
+    };
+    let pid = systemd.main_pid(SERVER).to_string();
+    let [took_over] = &find(&["GENERATION=1", &format!("_PID={pid}")])[..] else { panic!("one line") };
+    assert!(took_over["MESSAGE"].starts_with("took over"), "{took_over:?}");
+    assert_eq!((took_over["PRIORITY"].as_str(), took_over["SYSLOG_IDENTIFIER"].as_str()), ("6", "heirloom"));
+    took_over["PAUSE_US"].parse::<u64>().expect("a number");
+    // The same takeover, as the incumbent saw it.
+    let incumbent = &took_over["PEER_PID"];
+    let seen = find(&["GENERATION=0", &format!("_PID={incumbent}"), &format!("PEER_PID={pid}")]);
+    let messages: Vec<&str> =
+        seen.iter().filter_map(|line| line["MESSAGE"].split(['=', '(']).next()).collect();
+    assert!(messages.iter().any(|message| message.starts_with("takeover begins")), "{messages:?}");
+    assert!(messages.iter().any(|message| message.starts_with("replaced by")), "{messages:?}");
 }
