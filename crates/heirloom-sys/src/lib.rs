@@ -20,5 +20,5 @@ pub use kcmp::compare_files;
 pub use mask::SignalMask;
 pub use peer::{Credentials, peer_credentials, peer_pidfd};
 pub use signals::{Signal, SignalFd, send_signal, send_signal_to_all};
-pub use spawn::{FIRST_PASSED, Spawn, SpawnFailure, SpawnStage, spawn};
+pub use spawn::{FIRST_PASSED, Spawn, SpawnFailure, SpawnStage, spawn, spawn_sibling};
 pub use tcp::{TcpCounters, never_sent, tcp_counters};

@@ -94,6 +94,47 @@ pub enum SpawnStage {
 /// In it every signal has its default action but those that this process ignores, SIGPIPE excepted, which Rust programs
 /// ignore and others do not expect to be. It has to be waited for, as any child. On an error there is no child left.
 pub fn spawn(spawn: &Spawn<'_>) -> Result<u32, SpawnFailure> {
+    let (pid, _) = start(spawn, Parent::This)?;
+    Ok(pid)
+}
+
+/// Starts a process as [`spawn`] does, but as a child of this process's own parent (`CLONE_PARENT`, `clone(2)`), which it is for to
+/// wait for it. Returns its id, and a pidfd by which its end is seen and which is its own even if it ends at once.
+///
+/// ```
+/// let nothing = heirloom_sys::Spawn {
+///     program: c"/bin/true",
+///     arguments: &[c"true".into()],
+///     environment: &[],
+///     pid_variables: &[],
+///     descriptors: &[],
+///     signal_mask: heirloom_sys::SignalMask(0),
+///     open_files: None,
+/// };
+/// let (pid, _pidfd) = heirloom_sys::spawn_sibling(&nothing).map_err(|failure| failure.source)?;
+/// assert_ne!(pid, std::process::id());
+/// # std::io::Result::Ok(())
+/// ```
+///
+/// # Errors
+///
+/// Among others `EINVAL` for the first process of a pid namespace, and before Linux 5.2.
+pub fn spawn_sibling(spawn: &Spawn<'_>) -> Result<(u32, OwnedFd), SpawnFailure> {
+    let (pid, pidfd) = start(spawn, Parent::Same)?;
+    pidfd
+        .map(|pidfd| (pid, pidfd))
+        .ok_or(SpawnFailure { stage: SpawnStage::Fork, source: io::ErrorKind::Unsupported.into() })
+}
+
+/// Whose child a new process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Parent {
+    This,
+    /// The parent of this one.
+    Same,
+}
+
+fn start(spawn: &Spawn<'_>, parent: Parent) -> Result<(u32, Option<OwnedFd>), SpawnFailure> {
     let failure = |stage| move |source| SpawnFailure { stage, source };
     let passed = spawn.descriptors.len() as i32;
     let (reader, writer) = pipe_above(FIRST_PASSED + passed).map_err(failure(SpawnStage::Fork))?;
@@ -121,8 +162,13 @@ pub fn spawn(spawn: &Spawn<'_>) -> Result<u32, SpawnFailure> {
         .open_files
         .map(|(soft, hard)| libc::rlimit { rlim_cur: soft as libc::rlim_t, rlim_max: hard as libc::rlim_t });
 
-    // SAFETY: what the child does until it execs or exits is in `become_program`, which makes system calls alone.
-    let pid = unsafe { libc::fork() };
+    let mut pidfd = -1;
+    let pid = match parent {
+        // SAFETY: what the child does until it execs or exits is in `become_program`, which makes system calls alone.
+        Parent::This => unsafe { libc::fork() },
+        // SAFETY: as above.
+        Parent::Same => unsafe { fork_for_parent(&mut pidfd) },
+    };
     match pid {
         -1 => Err(failure(SpawnStage::Fork)(io::Error::last_os_error())),
         0 => {
@@ -142,8 +188,14 @@ pub fn spawn(spawn: &Spawn<'_>) -> Result<u32, SpawnFailure> {
         }
         pid => {
             drop(writer);
+            // SAFETY: the kernel has written the number of a new descriptor there, which nobody else owns.
+            let pidfd = (pidfd != -1).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
             match read_report(reader) {
-                None => Ok(pid as u32),
+                None => Ok((pid as u32, pidfd)),
+                // Its parent waits for it.
+                Some((stage, errno)) if parent == Parent::Same => {
+                    Err(SpawnFailure { stage, source: io::Error::from_raw_os_error(errno) })
+                }
                 Some((stage, errno)) => {
                     // SAFETY: waits for the child that was just made and exits by itself; no status is wanted.
                     while unsafe { libc::waitpid(pid, ptr::null_mut(), 0) } == -1
@@ -155,6 +207,22 @@ pub fn spawn(spawn: &Spawn<'_>) -> Result<u32, SpawnFailure> {
             }
         }
     }
+}
+
+/// fork(2), but that the new process is a child of this one's parent, and that `pidfd` gets a descriptor of it, close-on-exec.
+///
+/// # Safety
+///
+/// As fork(2): until it becomes a program or exits, the child may make system calls alone. What the C library does in a fork is
+/// not done.
+unsafe fn fork_for_parent(pidfd: &mut libc::c_int) -> libc::pid_t {
+    // Not clone3(2), which systemd's RestrictNamespaces= denies: no filter can look into its arguments.
+    let flags = (libc::CLONE_PARENT | libc::CLONE_PIDFD) as libc::c_ulong;
+    let none: libc::c_ulong = 0;
+    // SAFETY: without CLONE_VM the child has a copy of this memory, its stack included, so that no other stack is given; the
+    // kernel writes the descriptor's number to where the third argument points. (Flags come first but on s390.)
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, ptr::from_mut(pidfd), none, none) };
+    pid as libc::pid_t
 }
 
 fn pointers(strings: impl Iterator<Item = *const libc::c_char>) -> Vec<*const libc::c_char> {

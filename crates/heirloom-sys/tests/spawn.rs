@@ -5,8 +5,10 @@ use std::fs::File;
 use std::io::{Read, pipe};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use heirloom_sys::{SignalMask, Spawn, SpawnStage, spawn};
-use rustix::process::{Pid, WaitOptions, waitpid};
+use heirloom_sys::{SignalMask, Spawn, SpawnStage, spawn, spawn_sibling};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, WaitOptions, getppid, waitpid};
 
 fn shell(script: &str) -> Vec<CString> {
     ["sh", "-c", script].map(|word| CString::new(word).unwrap()).into()
@@ -70,4 +72,32 @@ fn a_failure_says_how_far_it_came_and_leaves_no_child() {
     assert_eq!((directory.stage, directory.source.raw_os_error()), (SpawnStage::Exec, Some(13)));
     let limit = call(c"/bin/true", Some((2, 1)));
     assert_eq!((limit.stage, limit.source.raw_os_error()), (SpawnStage::Prepare, Some(22)));
+}
+
+#[test]
+fn a_sibling_is_a_child_of_this_process_s_parent() {
+    let (mut reader, writer) = pipe().unwrap();
+    let arguments = shell("echo $PPID >/proc/self/fd/3; exit 9");
+    let start = |program, descriptors: &[BorrowedFd<'_>]| {
+        spawn_sibling(&Spawn {
+            program,
+            arguments: &arguments,
+            environment: &[],
+            pid_variables: &[],
+            descriptors,
+            signal_mask: SignalMask(0),
+            open_files: None,
+        })
+    };
+    let (pid, pidfd) = start(c"/bin/sh", &[writer.as_fd()]).unwrap();
+    drop(writer);
+    let mut said = String::new();
+    reader.read_to_string(&mut said).unwrap();
+    assert_eq!(said.trim(), getppid().unwrap().as_raw_nonzero().to_string());
+    poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
+    let waited = waitpid(Pid::from_raw(pid as i32), WaitOptions::empty());
+    assert_eq!(waited.unwrap_err(), Errno::CHILD, "it is not ours to wait for");
+
+    let failure = start(c"/nowhere/at all", &[]).unwrap_err();
+    assert_eq!((failure.stage, failure.source.raw_os_error()), (SpawnStage::Exec, Some(2)));
 }

@@ -52,6 +52,12 @@ impl fmt::Display for Outsider {
     }
 }
 
+/// Whether a process is one of this process's unit; `None` where this process is in no unit, or where that cannot be seen.
+pub(crate) fn contains(pid: u32) -> Option<bool> {
+    let unit = ControlGroups::read("self").ok()?.unit()?;
+    Some(unit.contains(&ControlGroups::read(&pid.to_string()).ok()?))
+}
+
 /// Where a peer is, unless that cannot be seen from here.
 fn control_groups(peer: &Peer) -> Option<ControlGroups> {
     let groups = ControlGroups::read(&peer.pid?.to_string()).ok()?;

@@ -1,6 +1,6 @@
 //! What an upgrade starts: a program, its arguments, and whether it is to be in place.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
@@ -9,10 +9,14 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use heirloom_sys::{SignalMask, Spawn, spawn_sibling};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::request::Upgrade;
-use super::role::{Role, environment};
+use super::role::{Role, environment, parent};
+use crate::{notify, unit};
 
 /// A program to start, and how.
 ///
@@ -102,16 +106,37 @@ fn undeleted(path: PathBuf) -> PathBuf {
 /// this is dropped: an aborted successor must not keep duplicates of the descriptors.
 #[derive(Debug)]
 pub(crate) struct StartedSuccessor {
-    child: Option<Child>,
+    started: Option<Started>,
     pidfd: OwnedFd,
+}
+
+#[derive(Debug)]
+enum Started {
+    /// A child of ours.
+    Child(Child),
+    /// A child of our supervisor's.
+    Sibling(u32),
 }
 
 impl StartedSuccessor {
     /// Starts it, with our standard streams.
+    ///
+    /// Under a supervisor whose child this process is, the successor is another child of that. systemd does not wait for the end
+    /// of a main process that was not its own child when it heard of it, and kills it right after SIGTERM.
     pub(crate) fn start(launch: &Launch) -> io::Result<StartedSuccessor> {
-        let mut child = launch.command(Role::Successor { incumbent: std::process::id() }).spawn()?;
+        let role = Role::Successor { incumbent: std::process::id() };
+        if is_child_of_supervisor() {
+            match start_sibling(launch, role) {
+                Ok((pid, pidfd)) => {
+                    return Ok(StartedSuccessor { started: Some(Started::Sibling(pid)), pidfd });
+                }
+                // Where that cannot be, it is a child as anywhere.
+                Err(error) => tracing::debug!(%error, "no sibling can be started"),
+            }
+        }
+        let mut child = launch.command(role).spawn()?;
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(StartedSuccessor { child: Some(child), pidfd }),
+            Ok(pidfd) => Ok(StartedSuccessor { started: Some(Started::Child(child)), pidfd }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -121,7 +146,10 @@ impl StartedSuccessor {
     }
 
     pub(crate) fn pid(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
+        self.started.as_ref().map(|started| match started {
+            Started::Child(child) => child.id(),
+            Started::Sibling(pid) => *pid,
+        })
     }
 
     /// Readable once it has exited.
@@ -131,23 +159,68 @@ impl StartedSuccessor {
 
     /// How it ended, if it has.
     pub(crate) fn ended(&mut self) -> Option<String> {
-        let status = self.child.as_mut()?.try_wait().ok()??;
-        Some(status.to_string())
+        match self.started.as_mut()? {
+            Started::Child(child) => child.try_wait().ok()?.map(|status| status.to_string()),
+            Started::Sibling(_) => {
+                self.has_exited(Some(&Timespec::default())).then(|| "its supervisor knows how".into())
+            }
+        }
     }
 
     /// It serves now.
     pub(crate) fn let_go(mut self) {
-        self.child = None;
+        self.started = None;
+    }
+
+    fn has_exited(&self, within: Option<&Timespec>) -> bool {
+        let mut polled = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        retry_on_intr(|| poll(&mut polled, within)).is_ok_and(|ready| ready > 0)
     }
 }
 
 impl Drop for StartedSuccessor {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
+        match self.started.take() {
+            None => {}
+            Some(Started::Child(mut child)) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Some(Started::Sibling(_)) => {
+                let killed = pidfd_send_signal(&self.pidfd, Signal::KILL);
+                let _ = killed.is_ok_and(|()| self.has_exited(None));
+            }
         }
     }
+}
+
+/// Whether our parent is the supervisor: it is PID 1, or of another unit. Not a shell in between.
+fn is_child_of_supervisor() -> bool {
+    notify::is_supervised()
+        && parent().is_some_and(|parent| parent == 1 || unit::contains(parent) == Some(false))
+}
+
+fn start_sibling(launch: &Launch, role: Role) -> io::Result<(u32, OwnedFd)> {
+    let c_string = |text: &OsStr| CString::new(text.as_bytes()).map_err(io::Error::from);
+    let program = c_string(launch.program.as_os_str())?;
+    let arguments = [&launch.name].into_iter().chain(&launch.arguments).map(|argument| c_string(argument));
+    let arguments = arguments.collect::<Result<Vec<_>, _>>()?;
+    let environment = environment(role).map(|(mut variable, value)| {
+        variable.push("=");
+        variable.push(value);
+        c_string(&variable)
+    });
+    let environment = environment.collect::<Result<Vec<_>, _>>()?;
+    let spawn = Spawn {
+        program: &program,
+        arguments: &arguments,
+        environment: &environment,
+        pid_variables: &[],
+        descriptors: &[],
+        signal_mask: SignalMask(0),
+        open_files: None,
+    };
+    spawn_sibling(&spawn).map_err(|failure| failure.source)
 }
 
 #[cfg(test)]
