@@ -9,7 +9,7 @@ use heirloom_sys::{peek_datagram, set_peek_offset};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, sockopt};
 
-use super::record::{Lent, Record, Role, decode, encode};
+use super::record::{Lent, RECORD, Record, Role, decode, encode};
 
 /// The number of a pen, which no entry has.
 const PEN: u64 = 0;
@@ -21,9 +21,6 @@ pub(crate) const CAPACITY: usize = MAX_DESCRIPTORS;
 /// The longest message in bytes, and room enough for that.
 const LONGEST: usize = 24 * 1024;
 const BUFFER: usize = 64 * 1024;
-
-/// What a record has in bytes beside its name, at most.
-const RECORD: usize = 64;
 
 /// The send buffer that is asked for: a message of one entry costs 768 bytes of it.
 const SEND_BUFFER: usize = 512 * 1024;
@@ -166,13 +163,12 @@ impl Page {
     }
 
     fn send(&mut self, lent: &[Lent<'_>]) -> Result<u64, Refusal> {
-        let records: Vec<Record<'_>> = lent.iter().map(|lent| lent.record.clone()).collect();
         let descriptors: Vec<BorrowedFd<'_>> = lent.iter().map(|lent| lent.descriptor).collect();
-        let bytes = encode(&records).map_err(|error| Refusal::Other(error.to_string()))?;
+        let bytes = encode(lent.iter().map(|lent| &lent.record));
         match self.pen.send(&bytes, &descriptors) {
             Ok(()) => {
-                self.messages.push_back(records.iter().map(|record| record.number).collect());
-                self.entries += records.len();
+                self.messages.push_back(lent.iter().map(|lent| lent.record.number).collect());
+                self.entries += lent.len();
                 Ok(self.last())
             }
             Err(SendError::Full) => {
@@ -243,11 +239,7 @@ impl Page {
 }
 
 fn records(bytes: &[u8]) -> Result<Vec<Record<'static>>, PageError> {
-    match decode(bytes) {
-        Ok(Some(records)) => Ok(records),
-        Ok(None) => Err(PageError::Form("it has another form".into())),
-        Err(error) => Err(PageError::Form(error.to_string())),
-    }
+    decode(bytes).map_err(|why| PageError::Form(why.into()))
 }
 
 /// Looks at all messages, from the first on, until `one` says that there are no more.
