@@ -326,7 +326,7 @@ fn told_to_stop_and_started_again() {
     for round in 0..kills() {
         let told = chat.chat();
         std::thread::sleep(LIFE * chat.random.below(1000) as u32 / 1000);
-        signal(told, if round % 2 == 0 { Signal::TERM } else { Signal::INT });
+        signal(told, if round % 2 == 0 || is_ignored(Signal::INT) { Signal::TERM } else { Signal::INT });
         chat.killed = Some(told);
     }
     let (sent, typed) = (sender.finish(), typist.finish());
@@ -336,6 +336,15 @@ fn told_to_stop_and_started_again() {
     print("told to stop", kills(), &sent, &typed);
     chat.stop();
     assert_same(&heard.join().expect("no panic"), &typed);
+}
+
+/// Whether this process ignores a signal, as one started by `nohup` or in the background of a script does with SIGINT: then its
+/// children do so, too, until they have a handler of their own.
+fn is_ignored(signal: Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).expect("a line of it");
+    let ignored = u64::from_str_radix(ignored.trim(), 16).expect("a mask");
+    ignored & (1 << (signal.as_raw() - 1)) != 0
 }
 
 /// Neither stdout nor the server takes anything: what waits in the pipes is not written within the time that there is for that.

@@ -124,6 +124,9 @@ pub(crate) fn assert_same(got: &[u8], expected: &[u8]) {
     );
 }
 
+/// How many bytes a sender sends at most.
+const MOST: usize = 4 << 30;
+
 /// A thread that sends numbered lines at full speed, over and over, until it is told to stop.
 pub(crate) struct Sender {
     lines: Vec<u8>,
@@ -144,6 +147,8 @@ impl Sender {
                 let chunk = &rest[..rest.len().min(64 * 1024)];
                 to.write_all(chunk).expect("the stream is taken");
                 sent += chunk.len();
+                // Rather than that the machine has no memory any more: all of it is kept.
+                assert!(sent < MOST, "nobody ends the stream");
             }
             sent
         });
