@@ -39,3 +39,8 @@ pub use error::RunError;
 pub use listen::{Address, Listen, ListenError};
 pub use options::{Command, Options, Restart, StoreAbove, parse_duration};
 pub use supervisor::run;
+
+/// Held while a test starts a process, which has everybody's descriptors until it is a program, and shared by tests that
+/// look whether a descriptor is closed everywhere.
+#[cfg(test)]
+static FORKS: std::sync::RwLock<()> = std::sync::RwLock::new(());

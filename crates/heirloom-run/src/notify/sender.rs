@@ -112,12 +112,14 @@ mod tests {
 
     #[test]
     fn a_child_counts_and_a_grandchild_and_neither_a_parent_nor_this_process() {
+        let alone = crate::FORKS.write();
         let mut child = Command::new("/bin/sh")
             .args(["-c", "sleep 1000 & echo $!; read x; kill $!"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
+        drop(alone);
         let mut line = String::new();
         let mut output = std::io::BufReader::new(child.stdout.take().unwrap());
         std::io::BufRead::read_line(&mut output, &mut line).unwrap();

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::unix::net::UnixDatagram;
+use std::sync::{PoisonError, RwLockReadGuard};
 
 use heirloom::descriptors::{Wait, receive_with};
 use heirloom::notify::Notifier;
@@ -110,6 +111,8 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 struct World {
+    /// Nobody has a descriptor of ours by accident.
+    _no_forks: RwLockReadGuard<'static, ()>,
     supervisor: Supervisor,
     voice: Voice,
     vault: Vault,
@@ -124,6 +127,7 @@ impl World {
         let supervisor = Supervisor::new(limit);
         let voice = supervisor.voice();
         World {
+            _no_forks: crate::FORKS.read().unwrap_or_else(PoisonError::into_inner),
             supervisor,
             voice,
             vault: Vault::default(),
