@@ -18,7 +18,7 @@ use support::proc::{
     Footprint, Memory, holds_lock, is_stopped, memory, naming, settled_footprint, wait_for_footprint,
 };
 use support::random::Random;
-use support::talk::Talk;
+use support::talk::{Talk, assert_everything_was_heard};
 use support::*;
 
 /// How many talk all the time.
@@ -87,13 +87,7 @@ fn nothing_is_lost_and_nothing_grows() {
 
     let talkers = talk.finish();
     let said: u64 = talkers.iter().map(|talker| talker.said).sum();
-    for listener in &talkers {
-        for speaker in talkers.iter().filter(|speaker| speaker.guest.name != listener.guest.name) {
-            let heard = listener.ear.count(&speaker.guest.name);
-            assert_eq!(heard, speaker.said, "lines of {} at {}", speaker.guest.name, listener.guest.name);
-        }
-        assert!(listener.ear.left.is_empty(), "somebody was disconnected");
-    }
+    assert_everything_was_heard(&talkers);
     assert_eq!(status(&control).counters["lines_in"], said, "they are counted over all generations");
     assert_eq!(status(&control).generation, handovers + 1);
     assert_eq!(naming(&control), [generations.current().id()], "a process lingers");

@@ -11,7 +11,7 @@ use heirloom::control::Status;
 use stream::Stream;
 use support::guests::*;
 use support::systemd::Systemd;
-use support::talk::{Talk, Talker};
+use support::talk::{Talk, assert_everything_was_heard};
 use support::*;
 
 const SERVER: &str = "heirloom-chat-server.service";
@@ -232,15 +232,6 @@ fn assert_in_order(systemd: &Systemd, unit: &str) {
     let journal = systemd.journal(unit);
     for complaint in ["not our child", "remains running", "left-over process", "with signal SIGKILL"] {
         assert!(!journal.contains(complaint), "{complaint:?} is in {journal}");
-    }
-}
-
-fn assert_everything_was_heard(talkers: &[Talker]) {
-    for listener in talkers {
-        for speaker in talkers.iter().filter(|speaker| speaker.guest.name != listener.guest.name) {
-            assert_eq!(listener.ear.count(&speaker.guest.name), speaker.said);
-        }
-        assert!(listener.ear.left.is_empty(), "somebody was disconnected");
     }
 }
 

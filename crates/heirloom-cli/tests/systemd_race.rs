@@ -13,7 +13,7 @@ use heirloom::crash::Point;
 use stream::Stream;
 use support::guests::*;
 use support::systemd::Systemd;
-use support::talk::Talk;
+use support::talk::{Talk, assert_everything_was_heard};
 use support::*;
 
 const SERVER: &str = "heirloom-chat-server.service";
@@ -46,13 +46,7 @@ fn a_chat_server() {
         talk.wait_for_progress();
         assert_eq!(systemd.stored(SERVER), TALKERS + OWN, "{}", point.name());
     }
-    let talkers = talk.finish();
-    for listener in &talkers {
-        for speaker in talkers.iter().filter(|speaker| speaker.guest.name != listener.guest.name) {
-            assert_eq!(listener.ear.count(&speaker.guest.name), speaker.said);
-        }
-        assert!(listener.ear.left.is_empty(), "somebody was disconnected");
-    }
+    assert_everything_was_heard(&talk.finish());
 }
 
 #[test]

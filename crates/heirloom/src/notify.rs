@@ -280,8 +280,9 @@ pub fn watchdog_interval() -> Option<Duration> {
     number("WATCHDOG_USEC")?.ok().filter(|&usec| ours && usec > 0).map(Duration::from_micros)
 }
 
-/// Whether this process has a supervisor that wants to be told.
-pub(crate) fn is_supervised() -> bool {
+/// Whether this process has a supervisor that wants to be told: [`NOTIFY_SOCKET`] is set and not empty.
+#[must_use]
+pub fn is_supervised() -> bool {
     std::env::var_os(NOTIFY_SOCKET).is_some_and(|address| !address.is_empty())
 }
 

@@ -206,8 +206,7 @@ const WITHOUT_STORE: u32 = 1;
 /// A program that knows nothing of pipes would lose what is in them, and leave the store with what is no longer so: where
 /// there is a supervisor it is refused.
 fn service(address: &str) -> Service {
-    let supervised =
-        std::env::var_os(heirloom::notify::NOTIFY_SOCKET).is_some_and(|socket| !socket.is_empty());
+    let supervised = heirloom::notify::is_supervised();
     Service::new(format!("chat {address}"))
         .program("heirloom", env!("CARGO_PKG_VERSION"))
         .schema(if supervised { WITH_STORE } else { WITHOUT_STORE }, WITHOUT_STORE..=WITH_STORE)

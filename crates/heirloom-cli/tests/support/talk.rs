@@ -65,6 +65,18 @@ impl Talk {
     }
 }
 
+/// Everybody has heard every line of all others, and nobody was disconnected.
+#[track_caller]
+pub(crate) fn assert_everything_was_heard(talkers: &[Talker]) {
+    for listener in talkers {
+        for speaker in talkers.iter().filter(|speaker| speaker.guest.name != listener.guest.name) {
+            let heard = listener.ear.count(&speaker.guest.name);
+            assert_eq!(heard, speaker.said, "lines of {} at {}", speaker.guest.name, listener.guest.name);
+        }
+        assert!(listener.ear.left.is_empty(), "somebody was disconnected");
+    }
+}
+
 pub(crate) struct Talker {
     pub(crate) guest: Guest,
     pub(crate) ear: Ear,

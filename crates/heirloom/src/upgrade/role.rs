@@ -1,7 +1,8 @@
 //! The variable by which an incumbent tells the program that it starts what part it has.
 //!
 //! A value names the process that it is meant for: a variable that is inherited further, by a child of that process, says
-//! nothing there.
+//! nothing there. But for one: under a supervisor who inherits the part of a successor has it, as it has the supervisor's store
+//! and must not begin another.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -18,7 +19,7 @@ pub(crate) const VARIABLE: &str = "HEIRLOOM_UPGRADE";
 pub(crate) enum Role {
     /// To look at the manifest on stdin, which has this inode, and answer: a child of the incumbent.
     Preflight { incumbent: u32, manifest: u64 },
-    /// To take over: a child of the incumbent.
+    /// To take over: a child of the incumbent, or of its supervisor.
     Successor { incumbent: u32 },
     /// The incumbent itself as another program; the manifest is in this descriptor.
     InPlace { incumbent: u32, manifest: i32 },
