@@ -1,0 +1,5 @@
+//! A relay for TCP and UNIX connections that can be replaced with every connection established.
+#![forbid(unsafe_code)]
+
+pub mod address;
+pub mod config;
