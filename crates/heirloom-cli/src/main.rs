@@ -10,6 +10,7 @@ mod failure;
 mod inspect;
 mod log;
 mod page;
+mod reloads;
 mod run;
 mod setup;
 mod signals;

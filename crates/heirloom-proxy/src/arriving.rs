@@ -50,6 +50,10 @@ impl Dormant {
         self.connections.keys().next().copied()
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.connections.len()
+    }
+
     /// Those that cannot wait for an event.
     pub(crate) fn urgent(&self) -> Vec<Key> {
         self.connections.iter().filter(|(_, sleeper)| sleeper.urgent).map(|(key, _)| *key).collect()

@@ -64,8 +64,6 @@ pub(crate) struct Sides {
 }
 
 impl Sides {
-    pub(crate) const BOTH: Sides = Sides { client: true, backend: true };
-
     pub(crate) fn has(self, side: Side) -> bool {
         match side {
             Side::Client => self.client,
@@ -178,7 +176,7 @@ impl Connection {
         }
         for (side, turned) in [(Side::Client, &up), (Side::Backend, &down)] {
             let has_failed = match turned {
-                Turned::SourceFailed(_) => true,
+                Turned::SourceFailed => true,
                 // What came before the failure is passed on first, as far as it is taken.
                 Turned::Waits => self.failed.has(side),
                 Turned::More | Turned::NoPipe => false,

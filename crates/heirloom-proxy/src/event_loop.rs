@@ -41,6 +41,8 @@ pub(crate) struct EventLoop {
     pub(crate) doors: Vec<Door>,
     pub(crate) pipes: Pipes,
     pub(crate) timers: crate::timers::Timers,
+    /// Taken over, and of these nobody tells that there is something to do.
+    urgent: Vec<Key>,
     /// Taken over, and not touched yet.
     pub(crate) dormant: Option<Dormant>,
     /// A successor was offered what there is.
@@ -98,6 +100,7 @@ impl EventLoop {
             doors: Vec::new(),
             pipes: Pipes::new(pipes),
             timers: Default::default(),
+            urgent: Vec::new(),
             dormant: None,
             lending: false,
             touched: Vec::new(),
@@ -114,6 +117,9 @@ impl EventLoop {
     /// Does what has become possible, and says how long there is nothing more to do; `None`: until something happens.
     fn turn(&mut self, events: &Events) -> Option<Duration> {
         self.now = clock::now();
+        for key in mem::take(&mut self.urgent) {
+            self.wake(key);
+        }
         for event in events {
             if event.token() != WAKE {
                 let readable = event.is_readable() || event.is_read_closed() || event.is_error();
@@ -492,6 +498,14 @@ impl EventLoop {
         }
     }
 
+    /// Takes over what is dormant.
+    pub(crate) fn go_on_with(&mut self, dormant: Dormant) {
+        let load = &self.shared.loops[self.number].load;
+        load.store(dormant.len(), Ordering::Relaxed);
+        self.urgent = dormant.urgent();
+        self.dormant = Some(dormant);
+    }
+
     /// Wakes all of them.
     pub(crate) fn wake_all(&mut self) {
         while self.dormant.is_some() {
@@ -573,7 +587,5 @@ fn watch(registry: &Registry, key: Key, connection: &mut Connection, side: Side)
 /// Whether something is used up that may be there again.
 fn is_shortage(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
-    errno.is_some_and(|errno| {
-        [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].contains(&errno)
-    })
+    errno.is_some_and(|errno| [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].contains(&errno))
 }

@@ -4,7 +4,6 @@
 //! meaning: of a filling, that the source has nothing; of an emptying, that the sink takes no more. A flow without bytes has
 //! no pipe.
 
-use std::io;
 use std::os::fd::AsFd;
 
 use rustix::io::Errno;
@@ -49,7 +48,7 @@ pub(crate) enum Turned {
     /// No pipe was to be had.
     NoPipe,
     /// The source has failed, after all that came before was passed on.
-    SourceFailed(io::Error),
+    SourceFailed,
 }
 
 impl Flow {
@@ -103,9 +102,9 @@ impl Flow {
                             return Turned::Waits;
                         }
                         Errno::INTR => {}
-                        error => {
+                        _ => {
                             (self.ended, self.readable) = (true, false);
-                            return Turned::SourceFailed(error.into());
+                            return Turned::SourceFailed;
                         }
                     }
                 }

@@ -20,10 +20,8 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub(crate) fn new(config: &Config, limit: usize) -> Result<Plan, EngineError> {
-        let threads = config
-            .threads
-            .or_else(|| std::thread::available_parallelism().ok())
-            .map_or(1, NonZeroUsize::get);
+        let threads =
+            config.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let free = limit.saturating_sub(RESERVE + config.listeners.len() + 3 * threads);
         // Two sockets for each connection, and two ends of a pipe for every other one.
         let connections = config.max_connections.unwrap_or(free / 3).max(1);

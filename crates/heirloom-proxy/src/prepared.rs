@@ -4,14 +4,15 @@
 //! nobody listens, and threads wait behind a gate. Dropped, it leaves nothing behind.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::{io, mem};
 
 use heirloom::manifest::Base;
+use heirloom::manifest::Changes;
 use heirloom::runtime::mio::register;
-use heirloom::{Bundle, Changes, Entry, ItemId, Kind};
+use heirloom::{Bundle, Entry, ItemId, Kind};
 use heirloom_sys::SignalMask;
 use mio::{Interest, Poll, Waker};
 
@@ -25,13 +26,13 @@ use crate::error::EngineError;
 use crate::event_loop::{self, EventLoop, WAKE};
 use crate::gate::Gate;
 use crate::handover::{
-    BACKEND, CLIENT, ConnectionState, DoorState, LISTENER, PIPE, RELAYING, ServiceState, decode,
+    BACKEND, CLIENT, ConnectionState, DoorState, LISTENER, RELAYING, ServiceState, decode,
 };
 use crate::id::{Key, KeyMap, Keys, token};
 use crate::plan::Plan;
 use crate::rates::Rates;
 use crate::shared::{Post, Shared};
-use crate::socket::{TcpOptions, set_inherited};
+use crate::socket::{self, TcpOptions, set_inherited};
 use crate::table::Table;
 
 /// See the [module](self).
@@ -41,7 +42,7 @@ use crate::table::Table;
 /// use heirloom_proxy::{Config, Prepared};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let config: Config = heirloom_proxy::doc_config();
+/// let config = Config::parse("listener = [{ listen = '127.0.0.1:0', to = ['127.0.0.1:7'] }]", "echo.toml")?;
 /// // Nobody hands anything over:
 /// let mut prepared = Prepared::new(config)?;
 /// prepared.offer(&Bundle::new())?;
@@ -70,9 +71,9 @@ struct Offered {
 }
 
 /// Where the incumbent's listeners and backends are in our table.
-struct Places {
-    listeners: Vec<usize>,
-    backends: Vec<usize>,
+pub(crate) struct Places {
+    pub(crate) listeners: Vec<usize>,
+    pub(crate) backends: Vec<usize>,
 }
 
 impl Prepared {
@@ -132,7 +133,11 @@ impl Prepared {
         };
         let mut table = Table::new(&self.config, self.plan.connections);
         let places = Places {
-            listeners: state.listeners.iter().map(|known| table.listener(&known.name, &known.address)).collect(),
+            listeners: state
+                .listeners
+                .iter()
+                .map(|known| table.listener(&known.name, &known.address))
+                .collect(),
             backends: state
                 .backends
                 .iter()
@@ -148,11 +153,13 @@ impl Prepared {
                 let address = state.listeners.get(door.listener).map(|known| known.address.as_str());
                 let same = |at: &usize| Some(self.config.listeners[*at].address.text()) == address;
                 let ours = free.iter().copied().find(same);
-                ours.iter().for_each(|at| drop(free.remove(at)));
+                if let Some(at) = ours {
+                    free.remove(&at);
+                }
                 doors.insert(entry.id, ours);
             } else if entry.name == CLIENT {
                 let key = Key::of(entry.id);
-                let state = places.read(&entry.state).map_err(EngineError::State)?;
+                let state = places.read(&table, &entry.state).map_err(EngineError::State)?;
                 let sockets = [Some(key.first()), state.has_server.then(|| key.second())];
                 let registered = sockets.into_iter().flatten().all(|id| self.registered.contains(&id));
                 table.count(&state);
@@ -221,7 +228,7 @@ impl Prepared {
         }
         for id in changes.changed.iter().chain(&changes.added) {
             let Some(entry) = bundle.entry(*id).filter(|entry| entry.name == CLIENT) else { continue };
-            let state = offered.places.read(&entry.state).map_err(EngineError::State)?;
+            let state = offered.places.read(table, &entry.state).map_err(EngineError::State)?;
             table.count(&state);
             let (key, registered) = (Key::of(*id), self.registered.contains(id));
             let sleeper = Sleeper { state, registered, urgent: true };
@@ -232,14 +239,11 @@ impl Prepared {
 
     /// Serves. The bundle is this process's own by now.
     ///
-    /// # Panics
-    ///
-    /// Without an [offer](Prepared::offer) before.
     pub fn start(mut self, mut bundle: Bundle) -> Engine {
         let offered = self.offered.take().expect("what is handed over was looked at");
-        let Offered { shared, loops, bound, doors, sleepers, state, .. } = offered;
+        let Offered { shared, loops, bound, doors, sleepers, places, state } = offered;
         shared.keys.at_least(bundle.next_id());
-        shared.go_on_counting(&state);
+        shared.go_on_counting(&places, &state);
         let mut listening = Vec::new();
         for (id, ours) in doors {
             let kind = bundle.entry(id).map_or(Kind::Other, |entry| entry.kind);
@@ -271,11 +275,11 @@ impl Prepared {
         }
         drop(states);
         shared.gate.open();
-        Engine::new(shared, loops, Rates::from(state.samples), mem::take(&mut self.config))
+        Engine::new(shared, loops, Rates::from(state.samples), self.config.clone())
     }
 
     /// Lets a loop accept at a listener.
-    fn open(&self, states: &mut [std::sync::MutexGuard<'_, EventLoop>], door: Door, shared: &Shared) {
+    fn open(&self, states: &mut [MutexGuard<'_, EventLoop>], door: Door, shared: &Shared) {
         let listener = &self.config.listeners[door.listener];
         let options = TcpOptions { nodelay: listener.nodelay, keepalive: listener.keepalive };
         let set = match door.kind {
@@ -284,14 +288,14 @@ impl Prepared {
         };
         let at = door.listener % states.len();
         let state = &mut states[at];
-        let (socket, token) = (Arc::clone(&door.socket), token(door.key.first()));
-        let watched = register(&state.registry, std::os::fd::AsFd::as_fd(&socket), token, Interest::READABLE);
+        let (descriptor, token) = (Arc::clone(&door.socket), token(door.key.first()));
+        let watched = register(&state.registry, descriptor.as_fd(), token, Interest::READABLE);
         // A new owner, and perhaps a new length of the queue.
-        let again = rustix::net::listen(&socket, listener.backlog.try_into().unwrap_or(i32::MAX));
+        let again = rustix::net::listen(&descriptor, listener.backlog.try_into().unwrap_or(i32::MAX));
         for error in [set, watched, again.map_err(Into::into)].into_iter().filter_map(Result::err) {
             tracing::error!(listener = listener.name, %error, "cannot set up a listener");
         }
-        shared.table.listeners[door.listener].set_bound(crate::socket::name(&socket, &listener.address));
+        shared.table.listeners[door.listener].set_bound(socket::name(&descriptor, &listener.address));
         state.doors.push(door);
     }
 }
@@ -306,15 +310,19 @@ impl Drop for Prepared {
 
 impl Places {
     /// The state of a connection, with our own places in it.
-    fn read(&self, state: &[u8]) -> Result<ConnectionState, String> {
+    fn read(&self, table: &Table, state: &[u8]) -> Result<ConnectionState, String> {
         let mut state: ConnectionState = decode(state, "a connection")?;
         let listener = self.listeners.get(state.listener);
         state.listener = *listener.ok_or("a connection is of a listener that is not there")?;
         if let Some(backend) = &mut state.backend {
-            *backend = *self.backends.get(*backend).ok_or("a connection is of a backend that is not there")?;
+            *backend =
+                *self.backends.get(*backend).ok_or("a connection is of a backend that is not there")?;
         }
         if state.stage == RELAYING && !(state.has_server && state.backend.is_some()) {
             return Err("a connection that is relayed has no backend".into());
+        }
+        if state.stage == RELAYING {
+            state.until = drain_until(table, &state);
         }
         Ok(state)
     }
@@ -338,13 +346,10 @@ impl Table {
 /// Ends a listener that is no longer configured: those who wait in its queue are reset, as they would be if it had ended before.
 fn retire(socket: OwnedFd, kind: Kind) {
     if kind == Kind::UnixListener {
-        crate::socket::remove_path(&socket);
+        socket::remove_path(&socket);
     }
     drop(socket);
 }
-
-/// The names of the items that a proxy knows.
-pub(crate) const KNOWN: [&str; 4] = [LISTENER, CLIENT, BACKEND, PIPE];
 
 /// The time at which a connection has to end whose backend is no longer configured, if it has to.
 pub(crate) fn drain_until(table: &Table, state: &ConnectionState) -> Option<clock::Time> {

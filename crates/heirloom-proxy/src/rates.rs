@@ -60,7 +60,8 @@ mod tests {
     #[test]
     fn of_the_last_seconds() {
         let second = nanoseconds(Duration::from_secs(1));
-        let traffic = |bytes| TrafficState { connections: bytes / 100, up: bytes, down: 2 * bytes, failed: 0 };
+        let traffic =
+            |bytes| TrafficState { connections: bytes / 100, up: bytes, down: 2 * bytes, failed: 0 };
         let mut rates = Rates::default();
         assert_eq!(rates.now(second, traffic(7)), (0.0, 0.0, 0.0));
         for n in 1..100 {

@@ -6,9 +6,13 @@ use std::sync::{Arc, Mutex};
 
 use mio::Waker;
 
-use crate::connection::Connection;
+use crate::clock::Time;
+use crate::connection::{Connection, How};
 use crate::gate::Gate;
+use crate::handover::{ServiceState, TrafficState};
 use crate::id::{Key, Keys};
+use crate::prepared::Places;
+use crate::report::{BackendReport, ListenerReport, Report};
 use crate::table::Table;
 
 pub(crate) struct Shared {
@@ -50,7 +54,8 @@ impl Shared {
 
     /// Something has ended for which somebody may wait.
     pub(crate) fn wake_waiting(&self) {
-        if self.table.waiting.load(Ordering::Relaxed) > 0 && self.table.waiting.swap(0, Ordering::Relaxed) > 0 {
+        if self.table.waiting.load(Ordering::Relaxed) > 0 && self.table.waiting.swap(0, Ordering::Relaxed) > 0
+        {
             self.loops.iter().for_each(|post| drop(post.waker.wake()));
         }
     }
@@ -64,10 +69,10 @@ impl fmt::Debug for Shared {
 
 impl Shared {
     /// A connection has ended.
-    pub(crate) fn note_end(&self, _connection: &Connection, _how: crate::connection::How, _now: crate::clock::Time) {}
+    pub(crate) fn note_end(&self, _connection: &Connection, _how: How, _now: Time) {}
 
     /// Goes on counting where the incumbent has ended.
-    pub(crate) fn go_on_counting(&self, places: &crate::prepared::Places, state: &crate::handover::ServiceState) {
+    pub(crate) fn go_on_counting(&self, places: &Places, state: &ServiceState) {
         for (known, &at) in state.listeners.iter().zip(&places.listeners) {
             known.traffic.set(&self.table.listeners[at].traffic);
         }

@@ -5,9 +5,8 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
 
-use crate::address::{Address, Place};
+use crate::address::Place;
 use crate::clock::{Time, nanoseconds};
 use crate::config::{Balance, Config};
 use crate::socket::TcpOptions;
@@ -200,9 +199,10 @@ impl Table {
 
     /// The place of a backend that a predecessor had; a new one if it is not configured.
     pub(crate) fn backend(&mut self, pool: &str, name: &str, address: &str) -> usize {
-        let known = self.backends.iter().position(|backend| {
-            backend.pool == pool && backend.name == name && backend.address == address
-        });
+        let known = self
+            .backends
+            .iter()
+            .position(|backend| backend.pool == pool && backend.name == name && backend.address == address);
         known.unwrap_or_else(|| {
             self.backends.push(Backend {
                 pool: pool.into(),
@@ -240,12 +240,6 @@ impl Table {
         }
     }
 
-    /// How long one may connect to a backend of this listener's pool.
-    pub(crate) fn connect_within(&self, listener: usize) -> Time {
-        let pool = self.listeners[listener].pool.map(|pool| &self.pools[pool]);
-        pool.map_or(nanoseconds(Duration::from_secs(5)), |pool| pool.connect_within)
-    }
-
     pub(crate) fn pool(&self, listener: usize) -> Option<&Pool> {
         self.listeners[listener].pool.map(|pool| &self.pools[pool])
     }
@@ -267,6 +261,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::address::Address;
     use crate::config;
 
     fn table(balance: Balance, most: [Option<usize>; 3]) -> Table {
