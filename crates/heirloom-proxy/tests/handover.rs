@@ -149,5 +149,6 @@ fn an_offer_of_which_nothing_comes_changes_nothing() {
         engine.reclaim();
         talk(&mut client, "reclaimed");
         talk(&mut connect(address(&engine)), "new");
+        wait_until(&engine, "that one has ended", |report| report.connections == 1);
     }
 }

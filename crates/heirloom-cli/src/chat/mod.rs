@@ -25,7 +25,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use clap::ValueEnum;
 use heirloom::upgrade::Preflight;
 use heirloom::{Config, Incumbent, Replace, Service, Start};
 
@@ -33,6 +32,7 @@ use crate::control::{self, DEFAULT_ADDRESS, Target};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::page::Page;
+use crate::replace::ReplaceArg;
 use crate::signals::{Hangup, Signals};
 use begin::Beginning;
 use client::Client;
@@ -134,24 +134,6 @@ killed, too: the next one goes on with every client, and no line is lost. It use
     ],
     see_also: &["heirloom-run(1)", "heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
 };
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ReplaceArg {
-    #[value(alias = "nope")]
-    Never,
-    Try,
-    Must,
-}
-
-impl From<ReplaceArg> for Replace {
-    fn from(replace: ReplaceArg) -> Self {
-        match replace {
-            ReplaceArg::Never => Replace::Never,
-            ReplaceArg::Try => Replace::Try,
-            ReplaceArg::Must => Replace::Must,
-        }
-    }
-}
 
 /// Runs until the chat is replaced, stopped, or fails.
 pub(crate) fn run(args: Args) -> Result<Exit, Failure> {

@@ -106,7 +106,12 @@ fn take_over(successor: Successor, config: Config) -> Result<(Taken<NoRequests>,
     Ok((complete.accept()?, prepared))
 }
 
-fn resume(taken: Taken<NoRequests>, prepared: Prepared, signals: Signals, how: &str) -> Result<Exit, Failure> {
+fn resume(
+    taken: Taken<NoRequests>,
+    prepared: Prepared,
+    signals: Signals,
+    how: &str,
+) -> Result<Exit, Failure> {
     let Taken { bundle, incumbent, from, pause } = taken;
     let engine = prepared.start(bundle);
     tracing::info!(

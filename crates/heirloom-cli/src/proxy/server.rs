@@ -139,6 +139,7 @@ impl Server {
     /// Answers at the control socket until there is nothing more to answer.
     fn answer(&mut self) -> Result<Next, Failure> {
         self.incumbent.set_item_count(self.engine.item_count());
+        let generation = self.incumbent.generation();
         loop {
             match self.incumbent.turn(Instant::now()).context("the control socket fails")? {
                 Turn::Idle => return Ok(Next::Go),
@@ -157,8 +158,12 @@ impl Server {
                     // From here to the outcome nothing is touched: the loops stand still.
                     match freeze.release(delta, |id| frozen.descriptor(id)) {
                         Ok(Outcome::Taken(by)) => {
-                            let generation = self.incumbent.generation();
-                            tracing::info!(peer_pid = by.pid, generation, items = by.items, "replaced by {by}");
+                            tracing::info!(
+                                peer_pid = by.pid,
+                                generation,
+                                items = by.items,
+                                "replaced by {by}"
+                            );
                             return Ok(Next::Replaced);
                         }
                         Ok(Outcome::Superseded(reason)) => {
@@ -167,7 +172,6 @@ impl Server {
                         }
                         Ok(Outcome::Resumed(reason)) => {
                             frozen.thaw();
-                            let generation = self.incumbent.generation();
                             tracing::warn!(generation, step = %reason.step, reason = %reason.cause, "serving on");
                         }
                         Err(error) => {
