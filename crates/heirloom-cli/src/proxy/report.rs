@@ -16,7 +16,9 @@ pub(crate) fn of(status: &Status) -> Option<Report> {
 /// The table, with a line for each listener and each backend.
 pub(crate) fn table(report: &Report) -> String {
     let mut out = String::new();
-    let mut row = |name: &str, value: String| drop(writeln!(out, "{name:<14} {value}"));
+    let mut row = |name: &str, value: String| {
+        let _ = writeln!(out, "{name:<14} {value}");
+    };
     row(
         "connections",
         format!(
