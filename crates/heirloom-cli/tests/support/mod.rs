@@ -5,6 +5,7 @@ pub(crate) mod ears;
 pub(crate) mod generations;
 pub(crate) mod guests;
 pub(crate) mod proc;
+pub(crate) mod proxy;
 pub(crate) mod random;
 pub(crate) mod supervised;
 pub(crate) mod systemd;

@@ -20,6 +20,11 @@ impl Random {
         Random(seed)
     }
 
+    /// The one of this seed.
+    pub(crate) fn from(seed: u64) -> Random {
+        Random(seed)
+    }
+
     pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
