@@ -127,7 +127,8 @@ fn a_terminal_keeps_its_shell() {
     let mut sum = 0;
     for how in Handover::EACH.into_iter().chain(Handover::EACH) {
         sum += 1;
-        terminal.type_in("sum=$((sum + 1)); cat\r");
+        terminal.command("sum=$((sum + 1)); echo ready; cat");
+        terminal.wait_for_lines("ready", sum);
         terminal.type_in("before\r");
         // Once as it is typed, and once by cat.
         terminal.wait_for_lines("before", 2 * sum);

@@ -7,6 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use crate::support::{Process, Scratch, have, skip, wait_for};
 
+/// What the shell shows when it waits for a command.
+const PROMPT: &str = "shell> ";
+
 /// A server that gives everybody a shell on a terminal of its own.
 pub(crate) struct Shells {
     _server: Process,
@@ -24,7 +27,7 @@ impl Shells {
         socat.args(["-d", "-d", "TCP-LISTEN:0,bind=127.0.0.1,fork"]);
         // With a terminal that is the shell's own, it does jobs and takes Control-C.
         socat.arg("EXEC:bash --noprofile --norc -i,pty,setsid,ctty,stderr,echo=1");
-        let server = Process::start(socat.env("PS1", "$ ").env("TERM", "dumb").env("HISTFILE", ""));
+        let server = Process::start(socat.env("PS1", PROMPT).env("TERM", "dumb").env("HISTFILE", ""));
         let mut address = None;
         wait_for("socat to listen", || {
             let log = server.stderr();
@@ -89,12 +92,22 @@ impl Terminal {
         });
     }
 
+    /// Types a command, as soon as the shell waits for one: before, it would be typed into a terminal whose mode changes.
+    #[track_caller]
+    pub(crate) fn command(&mut self, command: &str) {
+        wait_for("the prompt", || {
+            assert!(self.socat.is_running(), "socat has ended: {}\n{}", self.socat.stderr(), self.shown());
+            self.shown().ends_with(PROMPT)
+        });
+        self.type_in(&format!("{command}\r"));
+    }
+
     /// Runs a command, and returns the one line that it writes.
     #[track_caller]
     pub(crate) fn run(&mut self, command: &str) -> String {
         let before = self.shown().len();
-        // What is typed is echoed, but then it is not the result yet.
-        self.type_in(&format!("echo \"<$({command})>\"\r"));
+        // What is typed is echoed, behind the prompt, but it is not the result.
+        self.command(&format!("echo \"<$({command})>\""));
         let mut answer = None;
         wait_for(command, || {
             assert!(self.socat.is_running(), "socat has ended: {}\n{}", self.socat.stderr(), self.shown());
@@ -108,7 +121,7 @@ impl Terminal {
 
     /// Leaves the shell: socat ends as it should.
     pub(crate) fn leave(mut self) {
-        self.type_in("exit\r");
+        self.command("exit");
         let status = self.socat.wait_for_exit();
         assert!(status.success(), "{status}: {}", self.socat.stderr());
     }

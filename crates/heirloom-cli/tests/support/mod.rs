@@ -1,6 +1,7 @@
 //! What the tests of the program share: processes that are captured and never left behind, and waiting for conditions.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod builds;
 pub(crate) mod ears;
 pub(crate) mod generations;
 pub(crate) mod guests;
