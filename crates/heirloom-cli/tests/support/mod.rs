@@ -3,6 +3,7 @@
 
 pub(crate) mod builds;
 pub(crate) mod ears;
+pub(crate) mod echo;
 pub(crate) mod generations;
 pub(crate) mod guests;
 pub(crate) mod proc;

@@ -35,7 +35,7 @@ impl Handover {
 /// How many threads those have that are started by hand, in turn. The first proxy has [`THREADS`].
 const OTHER_THREADS: [usize; 4] = [3, 1, 4, 2];
 /// How many threads a proxy has unless somebody says otherwise.
-const THREADS: usize = 2;
+pub(crate) const THREADS: usize = 2;
 /// A mistake, and what is said of it.
 const MISTAKE: (&str, &str) = ("no_such_key = 1\n", "no_such_key");
 
@@ -143,8 +143,9 @@ impl Proxy {
                 self.becomes(how, |proxy| drop(upgrade(&proxy.control, &["--in-place"]).done()))
             }
             Handover::Takeover => {
-                let threads = self.take_over(this_program());
-                assert_eq!(threads_that_serve(self.status().pid), threads);
+                let threads = OTHER_THREADS[self.takeovers % OTHER_THREADS.len()];
+                self.takeovers += 1;
+                self.take_over(this_program(), threads);
             }
             Handover::Refused => {
                 let broken = format!("{}{}", MISTAKE.0, self.configuration());
@@ -153,17 +154,16 @@ impl Proxy {
         }
     }
 
-    /// Starts this program by hand, with another number of threads, and waits until it serves. Returns that number.
+    /// Starts this program by hand, with so many threads, and waits until it serves.
     #[track_caller]
-    pub(crate) fn take_over(&mut self, with: &Path) -> usize {
-        let threads = OTHER_THREADS[self.takeovers % OTHER_THREADS.len()];
-        self.takeovers += 1;
+    pub(crate) fn take_over(&mut self, with: &Path, threads: usize) {
         self.becomes(Handover::Takeover, |proxy| {
             let successor = Process::start(&mut proxy.command(with, threads));
             proxy.started.push(successor);
         });
-        assert_eq!(self.status().pid, self.started.last().expect("just started").id());
-        threads
+        let pid = self.status().pid;
+        assert_eq!(pid, self.started.last().expect("just started").id());
+        assert_eq!(threads_that_serve(pid), threads);
     }
 
     /// Upgrades to another program.

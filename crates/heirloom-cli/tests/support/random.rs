@@ -38,6 +38,13 @@ impl Random {
         self.next() % end
     }
 
+    /// Brings them into another order.
+    pub(crate) fn shuffle<T>(&mut self, all: &mut [T]) {
+        for last in (1..all.len()).rev() {
+            all.swap(last, self.below(last as u64 + 1) as usize);
+        }
+    }
+
     pub(crate) fn one_in(&mut self, count: u64) -> bool {
         self.below(count) == 0
     }
