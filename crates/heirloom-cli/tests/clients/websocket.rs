@@ -204,7 +204,7 @@ fn next(random: &mut Random) -> Message {
             .map(|at| (start.wrapping_add(at.wrapping_mul(0x9e37_79b9_7f4a_7c15)) >> 24) as u8)
             .collect()
     };
-    if kind % PINGS == 0 {
+    if kind.is_multiple_of(PINGS) {
         return Message::Ping(fill(random, length % 126).into());
     }
     if random.one_in(2) {
