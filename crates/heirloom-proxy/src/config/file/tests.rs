@@ -319,6 +319,28 @@ fn what_is_wrong_with_the_whole_is_said_too() {
 }
 
 #[test]
+fn every_key_is_documented() {
+    let page = include_str!("../../../../../docs/proxy.md");
+    for (text, keys) in [
+        ("zzzzzz = 1", 6),
+        ("[access_log]\nzzzzzz = 1", 2),
+        ("[[listener]]\nzzzzzz = 1", 13),
+        ("[pool.a]\nzzzzzz = 1", 6),
+        ("[pool.a]\nbackends = [{ zzzzzz = 1 }]", 3),
+    ] {
+        let error = parse(text).unwrap_err().to_string();
+        let (_, known) = error.split_once(": here are ").unwrap();
+        let known: Vec<&str> = known.split('`').skip(1).step_by(2).collect();
+        assert_eq!(known.len(), keys, "{error}");
+        for key in known {
+            // A table's name is in brackets.
+            let shown = [format!("`{key}`"), format!("[{key}"), format!("{key} = ")];
+            assert!(shown.iter().any(|shown| page.contains(shown)), "{key}");
+        }
+    }
+}
+
+#[test]
 fn a_file_that_is_no_text_is_said_to_be_none() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.toml");
