@@ -11,6 +11,7 @@ mod inspect;
 mod log;
 mod page;
 mod proxy;
+mod reloads;
 mod replace;
 mod run;
 mod setup;

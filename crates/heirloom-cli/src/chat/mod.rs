@@ -18,7 +18,6 @@ mod older;
 mod pump;
 mod queue;
 mod reconnect;
-mod reloads;
 mod stdio;
 
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -34,7 +33,7 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::page::Page;
 use crate::replace::ReplaceArg;
-use crate::signals::Signals;
+use crate::signals::{Hangup, Signals};
 use begin::Beginning;
 use client::Client;
 use older::ChatRequest;
@@ -142,7 +141,7 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
         return listen::run(&args);
     }
     heirloom::descriptors::raise_limit().context("cannot raise the limit on open files")?;
-    let signals = Signals::watch()?;
+    let signals = Signals::watch(Hangup::Stop)?;
     let addresses = resolve(&args.address)?;
     let path = args.target.path("chat", &args.address)?;
     let service = service(&args.address);

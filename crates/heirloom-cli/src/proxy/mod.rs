@@ -2,7 +2,9 @@
 
 mod args;
 mod check;
+pub(crate) mod report;
 mod serve;
+mod server;
 
 use crate::control::{LOCK, RUNTIME_DIRECTORY};
 use crate::exit::Exit;
@@ -72,6 +74,5 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
     if let Some(file) = args.check() {
         return check::run(file);
     }
-    let config = args.config().map_err(|error| Failure::new(Exit::Failed, error))?;
-    serve::serve(config, &args)
+    serve::serve(&args)
 }
