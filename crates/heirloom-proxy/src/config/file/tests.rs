@@ -125,8 +125,11 @@ fn little_needs_to_be_said() {
     assert_eq!((pool.connect_timeout, pool.retries), (Duration::from_secs(5), 1));
     assert_eq!((pool.keepalive, pool.nodelay), (Some(Duration::from_secs(60)), true));
 
-    let stdout = parse("[access_log]\n[[listener]]\nlisten = ':80'\nto = ['127.0.0.1:81']").unwrap();
-    assert_eq!(stdout.access_log, Some(AccessLog { path: None, format: AccessFormat::Text }));
+    for stdout in ["", "path = '-'"] {
+        let text = format!("[access_log]\n{stdout}\n[[listener]]\nlisten = ':80'\nto = ['127.0.0.1:81']");
+        let log = parse(&text).unwrap().access_log;
+        assert_eq!(log, Some(AccessLog { path: None, format: AccessFormat::Text }), "{stdout}");
+    }
 }
 
 #[test]
