@@ -208,6 +208,11 @@ fn milliseconds(duration: Duration) -> f64 {
 mod tests {
     use super::*;
 
+    const ALL: [End; 8] = {
+        use End::*;
+        [Closed, ClientReset, BackendReset, Idle, Drained, Refused, Stopped, Failed]
+    };
+
     fn record() -> AccessRecord {
         AccessRecord {
             unix_ms: 0,
@@ -248,9 +253,32 @@ mod tests {
 
     #[test]
     fn every_end_has_one_word_in_both_formats() {
-        use End::*;
-        for end in [Closed, ClientReset, BackendReset, Idle, Drained, Refused, Stopped, Failed] {
+        for end in ALL {
             assert_eq!(serde_json::to_string(&end).unwrap(), format!("\"{end}\""));
+        }
+    }
+
+    #[test]
+    fn the_documentation_shows_these_lines_and_words() {
+        let page = include_str!("../../../../docs/proxy.md");
+        let shown = AccessRecord {
+            unix_ms: 1_795_868_416_123,
+            client: "127.0.0.1:40000".into(),
+            listener: "web".into(),
+            backend: Some("small".into()),
+            end: End::Closed,
+            from_client: 120,
+            from_backend: 5_000,
+            connect: Some(Duration::from_micros(312)),
+            duration: Duration::from_millis(1_500),
+        };
+        for format in [AccessFormat::Text, AccessFormat::Json] {
+            assert!(page.contains(&shown.line(format)), "{}", shown.line(format));
+        }
+        let (_, ends) = page.split_once("| `end` | meaning |\n|---|---|\n").unwrap();
+        let ends: String = ends.lines().take_while(|line| line.starts_with('|')).collect();
+        for end in ALL {
+            assert!(ends.contains(&format!("`{end}`")), "{end}");
         }
     }
 

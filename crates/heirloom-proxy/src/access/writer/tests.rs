@@ -1,7 +1,11 @@
 use std::fs;
 use std::io::Read;
+use std::sync::Mutex;
 
 use rustix::fs::{CWD, FileType, Mode, fcntl_getfl, mknodat};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
 
 use super::super::queue::CAPACITY;
 use super::super::record::End;
@@ -30,6 +34,49 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < give_up, "waited in vain: {what}");
         thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// What was said in the program's log about the access logs, by all tests.
+static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Keeps what is said.
+struct Listening;
+
+impl Subscriber for Listening {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn event(&self, event: &Event<'_>) {
+        let mut fields = Fields(String::new());
+        event.record(&mut fields);
+        SAID.lock().unwrap().push(fields.0);
+    }
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
+struct Fields(String);
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        self.0 += &format!("{field}={value:?} ");
+    }
+}
+
+/// Begins to keep what is said, in all tests of this program.
+fn listen() {
+    // If another test was faster, there is one that listens.
+    let _ = tracing::subscriber::set_global_default(Listening);
+}
+
+/// How often something was said about this log.
+fn said(log: &str, what: &str) -> usize {
+    SAID.lock().unwrap().iter().filter(|line| line.contains(log) && line.contains(what)).count()
 }
 
 /// The numbers of the lines of this client, which are to be whole.
@@ -104,7 +151,7 @@ fn a_reader_that_sleeps_costs_lines_beyond_the_queue_and_no_waiting() {
     // More than the pipe, the thread and the queue have room for together. This ends, though nobody reads.
     let taken =
         (0..4 * CAPACITY as u64).filter(|number| writer.submit(record("a", *number))).collect::<Vec<_>>();
-    assert!(taken.len() >= CAPACITY && taken.len() < 4 * CAPACITY, "{}", taken.len());
+    assert!((CAPACITY..4 * CAPACITY).contains(&taken.len()), "{}", taken.len());
     assert_eq!(writer.dropped(), (4 * CAPACITY - taken.len()) as u64);
     assert!(!writer.flush(Duration::from_millis(10)));
     let flags = fcntl_getfl(&shared).unwrap();
@@ -121,8 +168,9 @@ fn a_reader_that_sleeps_costs_lines_beyond_the_queue_and_no_waiting() {
 
 #[test]
 fn nobody_is_waited_for_beyond_the_deadline() {
+    listen();
     let (reader, pipe) = io::pipe().unwrap();
-    let writer = AccessWriter::to(pipe.into(), "stdout".into(), AccessFormat::Text).unwrap();
+    let writer = AccessWriter::to(pipe.into(), "sleeping".into(), AccessFormat::Text).unwrap();
     for number in 0..CAPACITY as u64 {
         writer.submit(record("a", number));
     }
@@ -130,6 +178,7 @@ fn nobody_is_waited_for_beyond_the_deadline() {
     assert!(!writer.close(Duration::from_millis(10)));
     // The thread ends by itself, and what it has not written counts as dropped.
     wait_for("the thread's end", || queue.dropped() > 0);
+    wait_for("the last words", || said("log=\"sleeping\"", "were dropped") == 1);
     drop(reader);
 }
 
@@ -137,7 +186,7 @@ fn nobody_is_waited_for_beyond_the_deadline() {
 fn a_full_disk_ends_nothing() {
     let writer = to_file(std::path::Path::new("/dev/full"));
     let taken = (0..3 * CAPACITY as u64).filter(|number| writer.submit(record("a", *number))).count();
-    assert!(taken >= CAPACITY && taken < 3 * CAPACITY, "{taken}");
+    assert!((CAPACITY..3 * CAPACITY).contains(&taken), "{taken}");
     assert!(!writer.flush(Duration::from_millis(10)));
     let queue = writer.queue.clone();
     drop(writer);
@@ -145,10 +194,12 @@ fn a_full_disk_ends_nothing() {
 }
 
 #[test]
-fn after_an_error_it_goes_on_with_the_lines_that_wait() {
+fn an_error_is_said_once_and_then_the_lines_that_wait_are_written() {
+    listen();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("fifo");
     mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let name = path.display().to_string();
     let log = AccessLog { path: Some(path.clone()), format: AccessFormat::Text };
     let error = AccessWriter::open(&log).unwrap_err().to_string();
     assert!(error.contains("cannot open the access log"), "nobody reads it: {error}");
@@ -159,13 +210,21 @@ fn after_an_error_it_goes_on_with_the_lines_that_wait() {
     let writer = to_file(&path);
     drop(reader);
     assert!(writer.submit(record("a", 1)));
-    assert!(!writer.flush(Duration::from_millis(100)), "nobody reads it");
+    wait_for("an error", || said(&name, "cannot write the access log: Broken pipe") > 0);
+    // Each flush is another try.
+    for _ in 0..5 {
+        assert!(!writer.flush(Duration::from_millis(10)), "nobody reads it");
+    }
+    assert_eq!(said(&name, "cannot write"), 1);
+    assert_eq!(said(&name, "written again"), 0);
     let mut reader = open();
     assert!(writer.submit(record("a", 2)));
     assert!(writer.close(LONG));
     let mut text = String::new();
     reader.read_to_string(&mut text).unwrap();
     assert_eq!(numbers(&text, "a"), [1, 2]);
+    assert_eq!(said(&name, "written again"), 1);
+    assert_eq!(said(&name, "were dropped"), 0);
 }
 
 #[test]
