@@ -166,11 +166,14 @@ impl Engine {
         self.write_access_log(within);
     }
 
+    /// Writes what is still to be written to the access log, for so long at most. Whether it is.
+    pub fn flush_access_log(&self, within: Duration) -> bool {
+        self.shared.access.as_ref().is_none_or(|access| access.flush(within))
+    }
+
     fn write_access_log(&self, within: Duration) {
-        if let Some(access) = &self.shared.access
-            && !access.flush(within)
-        {
-            tracing::warn!("the access log does not take everything in time: its last lines are lost");
+        if !self.flush_access_log(within) {
+            tracing::warn!("{LINES_LOST}");
         }
     }
 }
@@ -180,6 +183,9 @@ impl Drop for Engine {
         self.shared.gate.abandon();
     }
 }
+
+/// What is said when the process ends before its access log is written.
+const LINES_LOST: &str = "the access log does not take everything in time: its last lines are lost";
 
 /// All loops stand still. Dropped, they go on standing still: it is another process's turn.
 pub struct Frozen<'e> {
@@ -226,6 +232,14 @@ impl Frozen<'_> {
     /// A descriptor of what was offered, or is new.
     pub fn descriptor(&self, id: ItemId) -> Option<BorrowedFd<'_>> {
         self.lent.get(&id).map(AsFd::as_fd)
+    }
+
+    /// Writes what is still to be written to the access log, for so long at most: nobody does it once this process is another
+    /// program.
+    pub fn write_access_log(&self, within: Duration) {
+        if self.shared.access.as_ref().is_some_and(|access| !access.flush(within)) {
+            tracing::warn!("{LINES_LOST}");
+        }
     }
 
     /// The loops go on as if nothing had happened.

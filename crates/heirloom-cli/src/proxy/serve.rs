@@ -122,6 +122,8 @@ fn resume(
         connections = engine.connections(),
         "{how}"
     );
+    // With its pidfd, which nobody needs any more.
+    drop(from);
     Server::new(incumbent, engine, signals)?.run()
 }
 

@@ -23,6 +23,8 @@ const SIGNALS: Token = Token(1);
 const STOPPING: &str = "the incumbent is stopping";
 /// How long ended connections may take to be written to the access log when the process ends.
 const FLUSH_WITHIN: Duration = Duration::from_secs(1);
+/// The same while nobody serves.
+const FLUSH_FROZEN_WITHIN: Duration = Duration::from_millis(20);
 
 pub(super) struct Server {
     poll: Poll,
@@ -153,7 +155,15 @@ impl Server {
                 // A stop would be lost in an upgrade in place: the new program knows nothing of it.
                 Turn::Freeze(freeze) if self.signals.stop_waits() => freeze.resume(STOPPING),
                 Turn::Freeze(freeze) => {
+                    let in_place = freeze.is_in_place();
+                    if in_place {
+                        // Most of it while the loops still run.
+                        self.engine.flush_access_log(FLUSH_WITHIN);
+                    }
                     let mut frozen = self.engine.freeze();
+                    if in_place {
+                        frozen.write_access_log(FLUSH_FROZEN_WITHIN);
+                    }
                     let delta = frozen.delta();
                     // From here to the outcome nothing is touched: the loops stand still.
                     match freeze.release(delta, |id| frozen.descriptor(id)) {

@@ -36,6 +36,17 @@ impl Footprint {
         self.descriptors.len()
     }
 
+    /// How many descriptors lead to each kind of thing: files by their paths, the others without the numbers in their names.
+    pub(crate) fn kinds(&self) -> BTreeMap<String, usize> {
+        let mut kinds = BTreeMap::new();
+        for (leads_to, _) in self.descriptors.values() {
+            let name = leads_to.to_string_lossy();
+            let kind = name.split_once(":[").map_or(&*name, |(kind, _)| kind);
+            *kinds.entry(kind.to_owned()).or_default() += 1;
+        }
+        kinds
+    }
+
     pub(crate) fn signals(&self) -> &[String] {
         &self.signals
     }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use heirloom::control::Status;
 use rustix::process::Signal;
 
-use super::proc::{Footprint, has_ended, naming, program, signal, threads};
+use super::proc::{has_ended, naming, program, settled_footprint, signal, threads};
 use super::upgrading::{EndsServing, this_program, upgrade};
 use super::{LONG, Process, Scratch, status, try_status, wait_for};
 
@@ -38,6 +38,9 @@ const OTHER_THREADS: [usize; 4] = [3, 1, 4, 2];
 pub(crate) const THREADS: usize = 2;
 /// A mistake, and what is said of it.
 const MISTAKE: (&str, &str) = ("no_such_key = 1\n", "no_such_key");
+
+/// What is logged of an upgrade that does not come about.
+const FAILED: &str = "upgrade failed";
 
 /// A proxy at a control socket of its own, and those that come after it.
 pub(crate) struct Proxy {
@@ -128,9 +131,11 @@ impl Proxy {
         self.started.iter().map(Process::stderr).collect()
     }
 
-    /// How many descriptors the one that serves has, when nobody asks it anything.
+    /// How many descriptors the one that serves has, but for the pipes that it keeps to use them again.
     pub(crate) fn descriptors(&self) -> usize {
-        Footprint::of(self.status().pid).descriptors()
+        let status = self.status();
+        let pipes = status.application.expect("a report")["pipes"].as_u64().expect("a number");
+        settled_footprint(status.pid).descriptors().saturating_sub(2 * pipes as usize)
     }
 
     /// Hands over in this way, and looks at what has become of it: the next generation serves, alone.
@@ -178,7 +183,7 @@ impl Proxy {
     /// Has this done, and waits until the next generation serves, alone.
     #[track_caller]
     fn becomes(&mut self, how: Handover, act: impl FnOnce(&mut Proxy)) {
-        let before = self.status();
+        let (before, logged) = (self.status(), self.log().len());
         act(self);
         let give_up = Instant::now() + LONG;
         let now = loop {
@@ -186,7 +191,9 @@ impl Proxy {
             if now.generation > before.generation {
                 break now;
             }
-            assert!(Instant::now() < give_up, "{how:?}: nobody takes over:\n{}", self.log());
+            let log = self.log();
+            let failed = log[logged..].contains(FAILED) || Instant::now() > give_up;
+            assert!(!failed, "{how:?}: nobody takes over:\n{log}");
             let last = self.started.last_mut().expect("there is a first one");
             let failed = how == Handover::Takeover && last.id() != before.pid && !last.is_running();
             assert!(!failed, "the successor has ended:\n{}", self.log());

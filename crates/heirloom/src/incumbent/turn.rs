@@ -357,6 +357,11 @@ pub struct Freeze<'i, A> {
 }
 
 impl<A> Freeze<'_, A> {
+    /// Whether a release becomes the new program: then what other threads of this one have yet to do is never done.
+    pub fn is_in_place(&self) -> bool {
+        self.incumbent.as_ref().is_some_and(|incumbent| incumbent.frozen_in_place().is_some())
+    }
+
     /// What was offered, to compare with.
     fn offered(&self) -> Option<&Listing> {
         let incumbent = self.incumbent.as_ref()?;
