@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
-/// More connections than any suite has, and few enough that two descriptors for each are within the limit.
-const MOST_CONNECTIONS: usize = 9000;
+/// More connections than any suite has, and few enough that their descriptors, and the pipes that HAProxy wants, are within
+/// the usual limit of 20,000.
+const MOST_CONNECTIONS: usize = 7000;
 /// Where Debian has nginx's stream module.
 const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
