@@ -10,6 +10,9 @@ mod failure;
 mod inspect;
 mod log;
 mod page;
+mod proxy;
+mod reloads;
+mod replace;
 mod run;
 mod setup;
 mod signals;
@@ -36,6 +39,8 @@ struct Cli {
 enum Command {
     /// Copy a TCP server's bytes to stdout and stdin's bytes to the server, and hand over to the next one started
     Chat(chat::Args),
+    /// Pass TCP and UNIX connections on to backends, and hand them over to the next one started, or to a new configuration
+    Proxy(proxy::Args),
     /// Ask whether somebody serves at a control socket
     Ping(control::Target),
     /// Show what the process at a control socket serves, and how its last takeover went
@@ -78,6 +83,7 @@ successor serves it all or the other goes on as if nothing had happened.",
 fn page_of(command: &str) -> &'static Page {
     match command {
         "chat" => &chat::PAGE,
+        "proxy" => &proxy::PAGE,
         "ping" => &ask::PING_PAGE,
         "status" => &ask::STATUS_PAGE,
         "inspect" => &inspect::PAGE,
@@ -114,6 +120,7 @@ fn main() -> Exit {
     }
     let result = match cli.command {
         Command::Chat(args) => chat::run(args),
+        Command::Proxy(args) => proxy::run(args),
         Command::Ping(target) => ask::ping(&target),
         Command::Status(args) => ask::status(&args),
         Command::Inspect(args) => inspect::run(&args),

@@ -1,4 +1,4 @@
-//! The signals that a serving command listens to: SIGTERM, SIGINT and SIGHUP ask it to stop, SIGUSR2 to upgrade.
+//! The signals that a serving command listens to: SIGTERM and SIGINT ask it to stop, SIGUSR2 to upgrade, and SIGHUP one of the two.
 //!
 //! A handler only makes a descriptor readable, so that signals are one more thing to poll for. They are to be watched
 //! before `heirloom::start`: a program that is upgraded in place gets then what came in between.
@@ -18,12 +18,22 @@ pub(crate) struct Signals {
     upgrade: UnixStream,
 }
 
+/// What SIGHUP means: that the terminal has gone, or, to a server with a configuration, that this has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hangup {
+    Stop,
+    Upgrade,
+}
+
 impl Signals {
     /// Begins to watch.
-    pub(crate) fn watch() -> anyhow::Result<Signals> {
-        let signals = || -> io::Result<Signals> {
-            Ok(Signals { stop: watch(&[SIGTERM, SIGINT, SIGHUP])?, upgrade: watch(&[SIGUSR2])? })
+    pub(crate) fn watch(hangup: Hangup) -> anyhow::Result<Signals> {
+        let (stop, upgrade): (&[i32], &[i32]) = match hangup {
+            Hangup::Stop => (&[SIGTERM, SIGINT, SIGHUP], &[SIGUSR2]),
+            Hangup::Upgrade => (&[SIGTERM, SIGINT], &[SIGUSR2, SIGHUP]),
         };
+        let signals =
+            || -> io::Result<Signals> { Ok(Signals { stop: watch(stop)?, upgrade: watch(upgrade)? }) };
         signals().context("cannot watch for signals")
     }
 
@@ -75,7 +85,7 @@ mod tests {
 
     #[test]
     fn several_signals_are_one_request_and_each_kind_has_its_own() {
-        let signals = Signals::watch().unwrap();
+        let signals = Signals::watch(Hangup::Stop).unwrap();
         assert!(!signals.take_stop() && !signals.take_upgrade());
         signal_hook::low_level::raise(SIGUSR2).unwrap();
         signal_hook::low_level::raise(SIGUSR2).unwrap();

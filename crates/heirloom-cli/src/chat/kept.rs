@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::items::{Items, Part, Travels};
 use super::pump::{Pump, PumpState};
 use super::reconnect::Reconnect;
-use super::reloads::Reloads;
+use crate::reloads::Reloads;
 
 /// How long the supervisor may take to read the last that it is told.
 const LEAVE_WITHIN: Duration = Duration::from_secs(1);

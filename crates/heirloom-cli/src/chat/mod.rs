@@ -18,7 +18,6 @@ mod older;
 mod pump;
 mod queue;
 mod reconnect;
-mod reloads;
 mod stdio;
 
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -26,7 +25,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use clap::ValueEnum;
 use heirloom::upgrade::Preflight;
 use heirloom::{Config, Incumbent, Replace, Service, Start};
 
@@ -34,7 +32,8 @@ use crate::control::{self, DEFAULT_ADDRESS, Target};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::page::Page;
-use crate::signals::Signals;
+use crate::replace::ReplaceArg;
+use crate::signals::{Hangup, Signals};
 use begin::Beginning;
 use client::Client;
 use older::ChatRequest;
@@ -136,31 +135,13 @@ killed, too: the next one goes on with every client, and no line is lost. It use
     see_also: &["heirloom-run(1)", "heirloom-status(1)", "heirloom-upgrade(1)", "heirloom-quit(1)"],
 };
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ReplaceArg {
-    #[value(alias = "nope")]
-    Never,
-    Try,
-    Must,
-}
-
-impl From<ReplaceArg> for Replace {
-    fn from(replace: ReplaceArg) -> Self {
-        match replace {
-            ReplaceArg::Never => Replace::Never,
-            ReplaceArg::Try => Replace::Try,
-            ReplaceArg::Must => Replace::Must,
-        }
-    }
-}
-
 /// Runs until the chat is replaced, stopped, or fails.
 pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
     if args.listen {
         return listen::run(&args);
     }
     heirloom::descriptors::raise_limit().context("cannot raise the limit on open files")?;
-    let signals = Signals::watch()?;
+    let signals = Signals::watch(Hangup::Stop)?;
     let addresses = resolve(&args.address)?;
     let path = args.target.path("chat", &args.address)?;
     let service = service(&args.address);

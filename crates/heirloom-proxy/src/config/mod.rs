@@ -1,10 +1,24 @@
 //! What a proxy is to do: its listeners, and the backends that it passes connections on to.
+//!
+//! A [`Config`] comes from a [file](Config::read) or, without one, from a [`Simple`] one. Either way it is whole: every address is
+//! known, every listener has a pool, no name or address is there twice, and no limit is zero.
+
+mod defaults;
+mod error;
+mod file;
+mod simple;
+mod table;
+mod unique;
+mod values;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::address::Address;
+
+pub use error::ConfigError;
+pub use simple::Simple;
 
 /// A whole configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +35,39 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// Groups of backends.
     pub pools: Vec<Pool>,
+}
+
+impl Config {
+    /// What makes sense, but is probably not meant.
+    ///
+    /// ```
+    /// let text = "
+    ///     [[listener]]
+    ///     listen = '127.0.0.1:80'
+    ///     to = ['127.0.0.1:81']
+    ///     [pool.spare]
+    ///     backends = ['127.0.0.1:82']
+    /// ";
+    /// let config = heirloom_proxy::config::Config::parse(text, "web.toml")?;
+    /// assert_eq!(config.warnings(), ["no listener uses the pool \"spare\""]);
+    /// # Ok::<(), heirloom_proxy::config::ConfigError>(())
+    /// ```
+    pub fn warnings(&self) -> Vec<String> {
+        let used = |index| self.listeners.iter().any(|listener| listener.pool == index);
+        let unused = self.pools.iter().enumerate().filter(|(index, _)| !used(*index));
+        let unused = unused.map(|(_, pool)| format!("no listener uses the pool {:?}", pool.name));
+        let to_itself = self.listeners.iter().filter(|listener| {
+            let backends = &self.pools[listener.pool].backends;
+            backends.iter().any(|backend| backend.address.place() == listener.address.place())
+        });
+        let to_itself = to_itself.map(|listener| {
+            format!(
+                "the listener {:?} is a backend of its own: connections would go round without end",
+                listener.name
+            )
+        });
+        unused.chain(to_itself).collect()
+    }
 }
 
 /// Where connections are accepted.
@@ -55,7 +102,7 @@ pub struct Pool {
     pub balance: Balance,
     /// How long one backend may take to accept a connection.
     pub connect_timeout: Duration,
-    /// How many further backends are tried when one fails.
+    /// How many further backends are tried when one fails; never more than there are.
     pub retries: u32,
     /// After how long a silence backends are probed, with TCP's keepalive; `None`: never.
     pub keepalive: Option<Duration>,
@@ -63,6 +110,15 @@ pub struct Pool {
     pub nodelay: bool,
     /// The backends; at least one.
     pub backends: Vec<Backend>,
+}
+
+impl Pool {
+    /// With no more retries than there are other backends.
+    fn with_possible_retries(mut self) -> Pool {
+        let others = u32::try_from(self.backends.len().saturating_sub(1)).unwrap_or(u32::MAX);
+        self.retries = self.retries.min(others);
+        self
+    }
 }
 
 /// Where connections are passed on to.

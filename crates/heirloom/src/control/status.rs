@@ -46,6 +46,9 @@ pub struct Status {
     /// What a supervisor supervises.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub supervised: Option<Supervised>,
+    /// What the application has to say of itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub application: Option<serde_json::Value>,
 }
 
 /// The program that a supervisor keeps running.

@@ -57,7 +57,7 @@ impl<A> Incumbent<A> {
                     program: self.service.program.clone(),
                     version: self.service.version.clone(),
                     schema: self.service.writes,
-                    items: self.items.len() as u64 + 1,
+                    items: self.item_count() + 1,
                     outsider,
                 });
                 if let Some(connection) = self.connections.get_mut(&id) {
@@ -136,7 +136,7 @@ impl<A> Incumbent<A> {
             });
         }
         let protocol = agree(protocol::VERSIONS, &self.service, hello)?;
-        let needed = self.items.len() as u64 + 1 + SPARE_DESCRIPTORS;
+        let needed = self.item_count() + 1 + SPARE_DESCRIPTORS;
         if hello.room < needed {
             return Err(Failure {
                 code: FailureCode::Room,

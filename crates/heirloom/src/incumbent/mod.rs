@@ -104,6 +104,8 @@ pub struct Incumbent<A = NoRequests> {
     record: ServiceRecord,
     serving_since_ms: u64,
     items: Vec<ItemStatus>,
+    /// How many items there are, if they are not all in `items`.
+    unlisted: Option<u64>,
     connections: BTreeMap<ConnectionId, Connection>,
     next_connection: u64,
     takeover: Option<Box<Takeover>>,
@@ -468,6 +470,17 @@ impl<A> Incumbent<A> {
             .collect();
     }
 
+    /// Says how many items there are, for a program with too many to list: that is what room a successor is required to
+    /// have. Status shows those of [`set_items`](Incumbent::set_items) all the same.
+    pub fn set_item_count(&mut self, items: u64) {
+        self.unlisted = Some(items);
+    }
+
+    /// How many items a successor would get, the control listener apart.
+    fn item_count(&self) -> u64 {
+        self.unlisted.unwrap_or(self.items.len() as u64)
+    }
+
     /// What a status request is answered with.
     pub fn status(&self) -> Status {
         Status {
@@ -484,6 +497,7 @@ impl<A> Incumbent<A> {
             takeover_running: self.takeover_running(),
             last_takeover: self.last_takeover.clone(),
             supervised: None,
+            application: None,
         }
     }
 

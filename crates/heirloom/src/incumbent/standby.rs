@@ -70,6 +70,7 @@ impl Standby {
             config,
             serving_since_ms: clock::unix_ms(),
             items: Vec::new(),
+            unlisted: None,
             connections: BTreeMap::new(),
             next_connection: FIRST_CONNECTION,
             takeover: None,

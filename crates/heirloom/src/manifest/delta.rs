@@ -82,6 +82,37 @@ pub struct Change {
     pub state: Vec<u8>,
 }
 
+/// Which items a delta has touched, in ascending order.
+///
+/// ```
+/// use heirloom::{ItemId, manifest::{Change, Changes, Delta}};
+///
+/// let change = Change { id: ItemId(1), state: b"new".to_vec() };
+/// let delta = Delta { changed: vec![change], ended: vec![ItemId(2)], ..Delta::default() };
+/// let changes = Changes::of(&delta);
+/// assert_eq!((changes.changed, changes.ended), (vec![ItemId(1)], vec![ItemId(2)]));
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Items whose state has changed.
+    pub changed: Vec<ItemId>,
+    /// Items that are new.
+    pub added: Vec<ItemId>,
+    /// Items that are no more.
+    pub ended: Vec<ItemId>,
+}
+
+impl Changes {
+    /// Those of a delta.
+    pub fn of(delta: &Delta) -> Changes {
+        Changes {
+            changed: delta.changed.iter().map(|change| change.id).collect(),
+            added: delta.added.iter().map(|entry| entry.id).collect(),
+            ended: delta.ended.clone(),
+        }
+    }
+}
+
 impl Delta {
     /// What leads from `base`, whose checksum is `base_crc`, to `now`.
     ///

@@ -26,7 +26,7 @@ use minicbor::{Decode, Decoder, Encode};
 pub(crate) use self::{base::Written, listing::Listing};
 pub use self::{
     base::{Base, Section, ServiceRecord},
-    delta::{Change, Delta},
+    delta::{Change, Changes, Delta},
     header::{Encoded, FORMAT_VERSION, HEADER_BYTES, Header, OLDEST_FORMAT_VERSION, Part},
     sealed::{read_sealed, seal},
 };

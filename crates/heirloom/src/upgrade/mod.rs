@@ -29,3 +29,13 @@ pub(crate) use check::{Check, Finding};
 pub(crate) use launch::StartedSuccessor;
 pub(crate) use preflight::path_section;
 pub(crate) use role::{Role, environment};
+
+/// Whether this process is only asked whether it could take over. [`start`](crate::start()) then returns
+/// [`Start::Preflight`](crate::Start::Preflight): a program whose configuration is wrong says so there, to the incumbent.
+///
+/// ```
+/// assert!(!heirloom::upgrade::is_preflight());
+/// ```
+pub fn is_preflight() -> bool {
+    matches!(Role::of_this_process(), Some(Role::Preflight { .. }))
+}

@@ -19,7 +19,7 @@ use mio::{Interest, Registry, Token};
 use super::handover::{JOURNAL_NAME, listener_entry, stored_entry};
 use super::ids::Ids;
 use super::switchboard::Switchboard;
-use crate::chat::reloads::Reloads;
+use crate::reloads::Reloads;
 
 /// How often the supervisor is told of how many there are, at most.
 const STATUS_EVERY: Duration = Duration::from_secs(1);

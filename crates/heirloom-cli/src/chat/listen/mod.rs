@@ -39,7 +39,7 @@ use heirloom::{Config, NoRequests, Replace, Service, Start, Successor, Taken};
 use super::{Args, resolve};
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::signals::Signals;
+use crate::signals::{Hangup, Signals};
 use handover::Ahead;
 use server::Server;
 
@@ -47,7 +47,7 @@ use server::Server;
 pub(super) fn run(args: &Args) -> Result<Exit, Failure> {
     heirloom::descriptors::raise_limit().context("cannot raise the limit on open files")?;
     // Before the start: see there.
-    let signals = Signals::watch()?;
+    let signals = Signals::watch(Hangup::Stop)?;
     let addresses = resolve(&args.address)?;
     let path = args.target.path("chat-listen", &args.address)?;
     let replace = args.replace.into();

@@ -29,7 +29,7 @@ use crate::crash::{self, Point};
 use crate::incumbent::{Incumbent, Standby};
 use crate::item::{Entry, ItemId};
 use crate::lock::{Holding, LockFile};
-use crate::manifest::{Delta, Listing, read_sealed};
+use crate::manifest::{Changes, Delta, Listing, read_sealed};
 use crate::peer::Peer;
 use crate::protocol::{
     self, Cause, Reason, Step, SuccessorAction, SuccessorOutcome, ToIncumbent, ToSuccessor, WINDOW,
@@ -104,6 +104,7 @@ struct Takeover {
     arriving: Option<Arriving>,
     base_crc: u32,
     delta: Option<Delta>,
+    changes: Changes,
     frozen_at_ns: u64,
     /// Descriptors of the base that were not checked yet.
     unchecked: Vec<(ItemId, OwnedFd)>,
@@ -156,6 +157,7 @@ impl Successor {
                 arriving: None,
                 base_crc: 0,
                 delta: None,
+                changes: Changes::default(),
                 frozen_at_ns: 0,
                 unchecked: Vec::new(),
                 late: BTreeMap::new(),
@@ -294,6 +296,11 @@ impl Complete {
     /// Everything, as it is at the freeze.
     pub fn bundle(&self) -> &Bundle {
         &self.takeover.bundle
+    }
+
+    /// What has changed since the offer: what was made of everything else then is still right.
+    pub fn changes(&self) -> &Changes {
+        &self.takeover.changes
     }
 
     /// Accepts: takes the service lock when the incumbent has released it, commits, and serves.
@@ -547,6 +554,7 @@ impl Takeover {
             }
         }
         self.frozen_at_ns = delta.frozen_at_ns;
+        self.changes = Changes::of(&delta);
         self.bundle.apply(delta, self.base_crc, std::mem::take(&mut self.late))
     }
 

@@ -14,7 +14,7 @@ const LONGEST: usize = 160;
 
 /// See the [module](self).
 #[derive(Debug, Default)]
-pub(super) struct Reloads {
+pub(crate) struct Reloads {
     running: bool,
     last: Option<LastTakeover>,
     failed: Option<String>,
@@ -22,7 +22,7 @@ pub(super) struct Reloads {
 
 impl Reloads {
     /// What is to be told now. After a failure the [status](Reloads::status) is another one, too.
-    pub(super) fn turn<A>(&mut self, incumbent: &Incumbent<A>) -> Vec<Message> {
+    pub(crate) fn turn<A>(&mut self, incumbent: &Incumbent<A>) -> Vec<Message> {
         self.look(incumbent.is_being_replaced(), incumbent.last_takeover())
     }
 
@@ -50,7 +50,7 @@ impl Reloads {
     }
 
     /// The status, with what has become of the last takeover if it has failed.
-    pub(super) fn status(&self, status: &str) -> String {
+    pub(crate) fn status(&self, status: &str) -> String {
         match &self.failed {
             Some(reason) => format!("{status}; upgrade rolled back: {reason}"),
             None => status.to_owned(),

@@ -1,0 +1,131 @@
+//! How a proxy comes to serve: afresh, or in the place of one that serves already.
+
+use std::path::Path;
+
+use anyhow::{Context, anyhow};
+use heirloom::{Bundle, NoRequests, Service, Start, Successor, Taken};
+use heirloom_proxy::{Config, Prepared};
+
+use super::Args;
+use super::server::Server;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::signals::{Hangup, Signals};
+
+/// The only schema of what a proxy hands over: older and newer ones read it.
+const SERVICE: &str = "proxy";
+
+/// Runs until the proxy is replaced, stopped, or fails.
+pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
+    heirloom::descriptors::raise_limit().context("cannot raise the limit on open files")?;
+    // Before the start: see there.
+    let signals = Signals::watch(Hangup::Upgrade)?;
+    let path = args.control()?;
+    let config = match args.config() {
+        Ok(config) => config,
+        Err(error) if heirloom::upgrade::is_preflight() => return answer(args, &path, Err(error.into())),
+        Err(error) => return Err(Failure::new(Exit::Failed, error)),
+    };
+    loop {
+        match start(args, &path)? {
+            Start::Fresh(incumbent) => {
+                let engine = match fresh(config) {
+                    Ok(prepared) => prepared.start(Bundle::new()),
+                    Err(error) => {
+                        incumbent.retire();
+                        return Err(error.into());
+                    }
+                };
+                return Server::new(incumbent, engine, signals)?.run();
+            }
+            Start::Successor(successor) => match take_over(successor, config.clone()) {
+                Err(failure) if failure.incumbent_died && args.replace() == heirloom::Replace::Try => {
+                    tracing::warn!("{failure}; starting again");
+                }
+                taken => {
+                    let (taken, prepared) = taken?;
+                    return resume(taken, prepared, signals, "took over");
+                }
+            },
+            Start::InPlace(taken) => {
+                // There is no way back: what the preflight could do, this can, or says why not.
+                let mut prepared = Prepared::new(config).map_err(anyhow::Error::from)?;
+                prepared.offer(&taken.bundle).map_err(anyhow::Error::from)?;
+                return resume(*taken, prepared, signals, "upgraded in place");
+            }
+            Start::Preflight(preflight) => {
+                let checked = Prepared::new(config).and_then(|prepared| prepared.check(preflight.base()));
+                match checked {
+                    Ok(()) => preflight.pass()?,
+                    Err(error) => preflight.refuse(error)?,
+                }
+                return Ok(Exit::Done);
+            }
+            Start::Older(_) => {
+                let error = anyhow!("the incumbent speaks protocol 0, in which no proxy can be handed over");
+                return Err(Failure::new(Exit::Refused, error));
+            }
+        }
+    }
+}
+
+fn start(args: &Args, path: &Path) -> Result<Start<NoRequests>, Failure> {
+    let service = Service::new(SERVICE).program("heirloom", env!("CARGO_PKG_VERSION"));
+    let delegate = heirloom::Delegate { status: true, ..heirloom::Delegate::default() };
+    let settings = heirloom::Config { force: args.force(), delegate, ..heirloom::Config::default() };
+    Ok(heirloom::start(path, service, settings, args.replace())?)
+}
+
+/// Tells an incumbent that asks what is wrong with the configuration.
+fn answer(args: &Args, path: &Path, checked: anyhow::Result<()>) -> Result<Exit, Failure> {
+    if let (Start::Preflight(preflight), Err(error)) = (start(args, path)?, checked) {
+        preflight.refuse(format!("{error:#}"))?;
+    }
+    Ok(Exit::Failed)
+}
+
+fn fresh(config: Config) -> anyhow::Result<Prepared> {
+    let mut prepared = Prepared::new(config)?;
+    prepared.offer(&Bundle::new())?;
+    Ok(prepared)
+}
+
+/// Takes everything over, with what costs time done while the incumbent still serves.
+fn take_over(successor: Successor, config: Config) -> Result<(Taken<NoRequests>, Prepared), Failure> {
+    let mut prepared = Prepared::new(config).map_err(rolled_back)?;
+    let offered = successor.receive_each(|entry, descriptor| prepared.register(entry, descriptor))?;
+    if let Err(error) = prepared.offer(offered.bundle()) {
+        offered.withdraw(&error);
+        return Err(rolled_back(error));
+    }
+    let complete = offered.ready()?;
+    if let Err(error) = prepared.complete(complete.bundle(), complete.changes()) {
+        complete.withdraw(&error);
+        return Err(rolled_back(error));
+    }
+    Ok((complete.accept()?, prepared))
+}
+
+fn resume(
+    taken: Taken<NoRequests>,
+    prepared: Prepared,
+    signals: Signals,
+    how: &str,
+) -> Result<Exit, Failure> {
+    let Taken { bundle, incumbent, from, pause } = taken;
+    let engine = prepared.start(bundle);
+    tracing::info!(
+        %from,
+        peer_pid = from.pid,
+        generation = incumbent.generation(),
+        pause_us = pause.as_micros() as u64,
+        connections = engine.connections(),
+        "{how}"
+    );
+    Server::new(incumbent, engine, signals)?.run()
+}
+
+fn rolled_back(error: heirloom_proxy::EngineError) -> Failure {
+    let error = anyhow!(error).context("the incumbent serves on");
+    Failure::new(Exit::RolledBack, error)
+}

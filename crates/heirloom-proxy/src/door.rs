@@ -1,0 +1,43 @@
+//! A listener as a loop serves it: who waits is accepted while there is room, and else waits in the kernel.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use heirloom::Kind;
+
+use crate::clock::{Time, nanoseconds};
+use crate::id::Key;
+
+/// How many are accepted in a turn.
+pub(crate) const AT_ONCE: usize = 64;
+/// After a failure (no descriptor is left, for instance).
+const REST: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+pub(crate) struct Door {
+    pub(crate) key: Key,
+    pub(crate) listener: usize,
+    pub(crate) socket: Arc<OwnedFd>,
+    pub(crate) kind: Kind,
+    /// Somebody may wait.
+    pub(crate) ready: bool,
+    /// When to try again.
+    pub(crate) resting: Option<Time>,
+}
+
+impl Door {
+    pub(crate) fn new(key: Key, listener: usize, socket: OwnedFd, kind: Kind) -> Door {
+        Door { key, listener, socket: Arc::new(socket), kind, ready: true, resting: None }
+    }
+
+    pub(crate) fn rest(&mut self, now: Time) {
+        self.resting = Some(now + nanoseconds(REST));
+    }
+
+    /// Whether to try to accept.
+    pub(crate) fn wants_turn(&mut self, now: Time) -> bool {
+        self.resting.take_if(|at| *at <= now);
+        self.ready && self.resting.is_none()
+    }
+}

@@ -1,0 +1,292 @@
+//! A proxy that serves: its loops, and how everything in them is handed over.
+
+use std::collections::BTreeMap;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use heirloom::manifest::{Base, Change, Delta};
+use heirloom::{ItemId, Kind};
+
+use crate::clock;
+use crate::config::Config;
+use crate::connection::{How, Stage};
+use crate::event_loop::EventLoop;
+use crate::handover::{Items, Lent, ServiceState, Snapshot, TrafficState, door_item, encode};
+use crate::id::Key;
+use crate::rates::Rates;
+use crate::report::Report;
+use crate::shared::Shared;
+use crate::socket;
+
+/// A proxy that serves in threads of its own. Dropped, it stops: the threads end, nothing is passed on any more, and no connection
+/// is shut down; they end with the process, unless a successor has them.
+///
+/// ```
+/// use heirloom::Bundle;
+/// use heirloom_proxy::{Engine, EngineError, Prepared};
+///
+/// fn fresh(config: heirloom_proxy::Config) -> Result<Engine, EngineError> {
+///     let mut prepared = Prepared::new(config)?;
+///     prepared.offer(&Bundle::new())?;
+///     Ok(prepared.start(Bundle::new()))
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let config = "listener = [{ name = 'echo', listen = '127.0.0.1:0', to = ['127.0.0.1:7'] }]";
+/// let engine = fresh(heirloom_proxy::Config::parse(config, "echo.toml")?)?;
+/// assert_eq!(engine.report().listeners[0].name, "echo");
+/// # Ok(()) }
+/// ```
+pub struct Engine {
+    shared: Arc<Shared>,
+    loops: Vec<Arc<Mutex<EventLoop>>>,
+    config: Config,
+    rates: Rates,
+    /// What was offered, to be sent when it is asked for.
+    lent: Option<BTreeMap<ItemId, Lent>>,
+}
+
+impl Engine {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        loops: Vec<Arc<Mutex<EventLoop>>>,
+        rates: Rates,
+        config: Config,
+    ) -> Engine {
+        Engine { shared, loops, config, rates, lent: None }
+    }
+
+    /// What it is configured to do.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Everything as it is now, to be offered. From now on the loops keep account of what changes, until
+    /// [`reclaim`](Engine::reclaim). Each loop stops for as long as its connections are looked at.
+    pub fn offer(&mut self) -> Base {
+        let mut items: Items = Vec::new();
+        let mut snapshots = Vec::new();
+        for state in &self.loops {
+            let mut state = state.lock().expect("a loop does not panic");
+            items.extend(
+                state.doors.iter().map(|door| door_item(door.key, door.listener, door.kind, &door.socket)),
+            );
+            state.lend(&mut snapshots);
+        }
+        snapshots.into_iter().for_each(|snapshot| snapshot.items(&mut items));
+        items.sort_unstable_by_key(|(entry, _)| entry.id);
+        let (entries, lent): (Vec<_>, Vec<_>) = items.into_iter().unzip();
+        self.lent = Some(entries.iter().map(|entry| entry.id).zip(lent).collect());
+        let state = ServiceState::of(&self.shared.table, self.rates.samples().to_vec());
+        Base {
+            state: Some(encode(&state)),
+            items: entries,
+            next_id: self.shared.keys.next().0,
+            ..Base::default()
+        }
+    }
+
+    /// A descriptor of what was offered.
+    pub fn descriptor(&self, id: ItemId) -> Option<BorrowedFd<'_>> {
+        self.lent.as_ref()?.get(&id).map(AsFd::as_fd)
+    }
+
+    /// Whether something is offered.
+    pub fn is_lending(&self) -> bool {
+        self.lent.is_some()
+    }
+
+    /// Nothing has come of the offer.
+    pub fn reclaim(&mut self) {
+        if self.lent.take().is_some() {
+            for state in &self.loops {
+                state.lock().expect("a loop does not panic").reclaim();
+            }
+        }
+    }
+
+    /// Stops all loops as one: each after at most one more turn. Nothing is touched until the [thaw](Frozen::thaw).
+    pub fn freeze(&mut self) -> Frozen<'_> {
+        self.shared.gate.close();
+        let states = self.loops.iter().map(|state| state.lock().expect("a loop does not panic")).collect();
+        let lent = self.lent.get_or_insert_default();
+        Frozen { shared: &self.shared, states, lent, rates: &self.rates }
+    }
+
+    /// When [`tick`](Engine::tick) is due.
+    pub fn next_tick(&self) -> Instant {
+        let wait = self.rates.next().saturating_sub(clock::now());
+        Instant::now() + Duration::from_nanos(wait)
+    }
+
+    /// Takes a sample for the rates, if it is time.
+    pub fn tick(&mut self) {
+        self.rates.take(clock::now(), self.shared.total());
+    }
+
+    /// What it does at the moment.
+    pub fn report(&self) -> Report {
+        let mut report = self.shared.report();
+        for state in &self.loops {
+            let state = state.lock().expect("a loop does not panic");
+            report.pipes += state.pipes.count();
+            report.pipes_in_use += state.pipes.lent();
+            report.max_pipes += state.pipes.limit();
+        }
+        let (connections, up, down) = self.rates.now(clock::now(), self.shared.total());
+        report.connections_per_second = connections;
+        report.up_bytes_per_second = up;
+        report.down_bytes_per_second = down;
+        report
+    }
+
+    /// How many connections there are.
+    pub fn connections(&self) -> usize {
+        self.shared.table.open.now()
+    }
+
+    /// How many items a successor would get at least.
+    pub fn item_count(&self) -> u64 {
+        (2 * self.connections() + self.config.listeners.len()) as u64
+    }
+
+    /// Another process has everything: what is still to be written to the access log is written, for so long at most.
+    pub fn leave(self, _within: Duration) {}
+
+    /// Ends every connection and every listener, for good, and writes the access log for so long at most.
+    pub fn stop(mut self, _within: Duration) {
+        let Frozen { states, .. } = self.freeze();
+        for mut state in states {
+            state.stop();
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.gate.abandon();
+    }
+}
+
+/// All loops stand still. Dropped, they go on standing still: it is another process's turn.
+pub struct Frozen<'e> {
+    shared: &'e Shared,
+    states: Vec<MutexGuard<'e, EventLoop>>,
+    lent: &'e mut BTreeMap<ItemId, Lent>,
+    rates: &'e Rates,
+}
+
+impl Frozen<'_> {
+    /// What has changed since the offer.
+    pub fn delta(&mut self) -> Delta {
+        let (mut changed, mut ended, mut added) = (Vec::new(), Vec::new(), Vec::new());
+        for state in &mut self.states {
+            let (touched, gone) = state.changes();
+            ended.extend(gone.into_iter().flat_map(|key| [key.first(), key.second()]));
+            for key in touched {
+                let Some(connection) = state.connections.get(&key) else { continue };
+                let snapshot = Snapshot::of(key, connection, Some(&self.shared.keys));
+                if connection.offered {
+                    let (id, state) = snapshot.changed(&mut added);
+                    changed.push(Change { id, state });
+                } else {
+                    snapshot.items(&mut added);
+                }
+            }
+        }
+        changed.sort_unstable_by_key(|change| change.id);
+        added.sort_unstable_by_key(|(entry, _)| entry.id);
+        ended.sort_unstable();
+        let (added, lent): (Vec<_>, Vec<_>) = added.into_iter().unzip();
+        self.lent.extend(added.iter().map(|entry| entry.id).zip(lent));
+        let state = ServiceState::of(&self.shared.table, self.rates.samples().to_vec());
+        Delta {
+            state: Some(encode(&state)),
+            changed,
+            added,
+            ended,
+            next_id: self.shared.keys.next().0,
+            ..Delta::default()
+        }
+    }
+
+    /// A descriptor of what was offered, or is new.
+    pub fn descriptor(&self, id: ItemId) -> Option<BorrowedFd<'_>> {
+        self.lent.get(&id).map(AsFd::as_fd)
+    }
+
+    /// The loops go on as if nothing had happened.
+    pub fn thaw(self) {
+        let Frozen { shared, states, .. } = self;
+        drop(states);
+        shared.gate.open();
+        // Of what was put back into a loop nothing tells.
+        shared.loops.iter().for_each(|post| drop(post.waker.wake()));
+    }
+}
+
+impl EventLoop {
+    /// Begins to keep account, and shows what there is. A connection that is not relayed yet is handed over at the freeze.
+    fn lend(&mut self, snapshots: &mut Vec<Snapshot>) {
+        self.wake_all();
+        self.lending = true;
+        self.touched.clear();
+        self.ended.clear();
+        for (&key, connection) in &mut self.connections {
+            connection.offered = connection.stage == Stage::Relaying;
+            // What is in a pipe travels at the freeze, even if nothing changes until then.
+            let has_pipe = connection.up.pipe.is_some() || connection.down.pipe.is_some();
+            connection.touched = !connection.offered || has_pipe;
+            if connection.touched {
+                self.touched.push(key);
+            }
+            if connection.offered {
+                snapshots.push(Snapshot::of(key, connection, None));
+            }
+        }
+    }
+
+    fn reclaim(&mut self) {
+        self.lending = false;
+        self.touched = Vec::new();
+        self.ended = Vec::new();
+    }
+
+    /// Those that have changed or are new, and those that have ended. Connections on the way from another loop arrive here first.
+    fn changes(&mut self) -> (Vec<Key>, Vec<Key>) {
+        for (key, mut connection) in self.shared.loops[self.number].take() {
+            connection.touched = true;
+            self.connections.insert(key, connection);
+            self.waiting.push_back(key);
+            self.touched.push(key);
+        }
+        (self.touched.clone(), self.ended.clone())
+    }
+
+    /// Ends everything.
+    fn stop(&mut self) {
+        self.wake_all();
+        for door in mem::take(&mut self.doors) {
+            if door.kind == Kind::UnixListener {
+                socket::remove_path(&door.socket);
+            }
+        }
+        let keys: Vec<_> = self.connections.keys().copied().collect();
+        keys.into_iter().for_each(|key| self.end(key, How::Stopped));
+    }
+}
+
+impl Shared {
+    /// What all listeners have passed on.
+    pub(crate) fn total(&self) -> TrafficState {
+        let each = self.table.listeners.iter().map(|listener| TrafficState::of(&listener.traffic));
+        each.fold(TrafficState::default(), |sum, one| TrafficState {
+            connections: sum.connections + one.connections,
+            failed: sum.failed + one.failed,
+            up: sum.up + one.up,
+            down: sum.down + one.down,
+        })
+    }
+}

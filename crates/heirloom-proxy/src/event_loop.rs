@@ -1,0 +1,591 @@
+//! One event loop: the connections of a thread, and what happens to them.
+//!
+//! It does nothing unless something has happened, and gives each connection a bounded turn. Its state is touched under its lock
+//! alone: by its own thread in a turn, or by whoever hands over while the [gate](crate::gate) is closed.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use heirloom::runtime::mio::{deregister, register, reregister};
+use mio::{Events, Interest, Poll, Registry, Token};
+use rustix::io::Errno;
+
+use crate::arriving::{Dormant, Woken};
+use crate::clock::{self, Time, nanoseconds};
+use crate::connection::{Connection, How, Next, Sides, Stage};
+use crate::door::{AT_ONCE, Door};
+use crate::id::{Key, KeyMap, Side, token};
+use crate::pipes::Pipes;
+use crate::shared::Shared;
+use crate::socket::{self, Socket};
+
+/// Another loop has something for this one. No item ever has this id.
+pub(crate) const WAKE: Token = Token(usize::MAX);
+const EVENTS: usize = 512;
+/// When what nothing tells of is tried again: a full queue of a UNIX socket, descriptors that are used up.
+const AGAIN: Duration = Duration::from_millis(5);
+/// How many connections that were taken over and have not moved yet are woken in a turn.
+const WOKEN: usize = 64;
+
+/// See the [module](self).
+pub(crate) struct EventLoop {
+    pub(crate) number: usize,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) registry: Registry,
+    pub(crate) connections: KeyMap<Connection>,
+    pub(crate) doors: Vec<Door>,
+    pub(crate) pipes: Pipes,
+    pub(crate) timers: crate::timers::Timers,
+    /// Taken over, and of these nobody tells that there is something to do.
+    urgent: Vec<Key>,
+    /// Taken over, and not touched yet.
+    pub(crate) dormant: Option<Dormant>,
+    /// A successor was offered what there is.
+    pub(crate) lending: bool,
+    /// Of these something has changed since then, or they are new.
+    pub(crate) touched: Vec<Key>,
+    /// These were offered, and have ended since.
+    pub(crate) ended: Vec<Key>,
+    /// Connections that have their turn next.
+    due: VecDeque<Key>,
+    /// Those for which there is no pipe.
+    starving: VecDeque<Key>,
+    /// Those for which there is no backend.
+    pub(crate) waiting: VecDeque<Key>,
+    /// There is more to accept.
+    more: bool,
+    /// When to try again, with nothing to tell.
+    again: Option<Time>,
+    now: Time,
+}
+
+/// Runs a loop until the gate is abandoned.
+pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
+    let mut events = Events::with_capacity(EVENTS);
+    let mut patience = Some(Duration::ZERO);
+    while shared.gate.pass() {
+        match poll.poll(&mut events, patience) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                // Nothing that can be put right from here: not even a closed connection does it.
+                tracing::error!(%error, "cannot wait for events");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            _ => {}
+        }
+        let mut state = loop {
+            if !shared.gate.pass() {
+                return;
+            }
+            let state = state.lock().expect("nobody panics with it");
+            if shared.gate.is_open() {
+                break state;
+            }
+        };
+        patience = state.turn(&events);
+    }
+}
+
+impl EventLoop {
+    pub(crate) fn new(number: usize, shared: Arc<Shared>, registry: Registry, pipes: usize) -> EventLoop {
+        EventLoop {
+            number,
+            shared,
+            registry,
+            connections: KeyMap::default(),
+            doors: Vec::new(),
+            pipes: Pipes::new(pipes),
+            timers: Default::default(),
+            urgent: Vec::new(),
+            dormant: None,
+            lending: false,
+            touched: Vec::new(),
+            ended: Vec::new(),
+            due: VecDeque::new(),
+            starving: VecDeque::new(),
+            waiting: VecDeque::new(),
+            more: false,
+            again: None,
+            now: clock::now(),
+        }
+    }
+
+    /// Does what has become possible, and says how long there is nothing more to do; `None`: until something happens.
+    fn turn(&mut self, events: &Events) -> Option<Duration> {
+        self.now = clock::now();
+        for key in mem::take(&mut self.urgent) {
+            self.wake(key);
+        }
+        for event in events {
+            if event.token() != WAKE {
+                let readable = event.is_readable() || event.is_read_closed() || event.is_error();
+                let writable = event.is_writable() || event.is_write_closed();
+                self.hear(event.token(), readable, writable, event.is_error());
+            }
+        }
+        for (key, connection) in self.shared.loops[self.number].take() {
+            self.begin(key, connection);
+        }
+        if self.again.take_if(|at| *at <= self.now).is_some() {
+            let starving = mem::take(&mut self.starving);
+            starving.into_iter().for_each(|key| self.queue(key));
+        }
+        while let Some(key) = self.timers.take_due(self.now) {
+            self.timer(key);
+        }
+        self.retry_waiting();
+        self.more = false;
+        for at in 0..self.doors.len() {
+            self.open_door(at);
+        }
+        for _ in 0..self.due.len() {
+            let Some(key) = self.due.pop_front() else { break };
+            self.drive(key);
+        }
+        if self.dormant.is_some() {
+            self.wake_some(WOKEN);
+        }
+        self.patience()
+    }
+
+    fn patience(&mut self) -> Option<Duration> {
+        if self.more || !self.due.is_empty() || self.dormant.is_some() {
+            return Some(Duration::ZERO);
+        }
+        if !self.starving.is_empty() && self.again.is_none() {
+            self.again = Some(self.now + nanoseconds(AGAIN));
+        }
+        let doors = self.doors.iter().filter_map(|door| door.resting).min();
+        let next = [self.timers.next(), doors, self.again].into_iter().flatten().min()?;
+        // The kernel counts in milliseconds: rather late than in vain.
+        Some(Duration::from_nanos(next.saturating_sub(clock::now())) + Duration::from_millis(1))
+    }
+
+    fn hear(&mut self, from: Token, readable: bool, writable: bool, failed: bool) {
+        let (key, side) = Key::of_token(from);
+        if self.dormant.as_ref().is_some_and(|dormant| dormant.has(key)) {
+            self.wake(key);
+        }
+        if let Some(connection) = self.connections.get_mut(&key) {
+            connection.hear(side, readable, writable, failed);
+            self.queue(key);
+        } else if let Some(door) = self.doors.iter_mut().find(|door| door.key == key) {
+            door.ready = true;
+        }
+    }
+
+    /// A connection is to have its turn.
+    pub(crate) fn queue(&mut self, key: Key) {
+        if let Some(connection) = self.connections.get_mut(&key)
+            && !mem::replace(&mut connection.queued, true)
+        {
+            self.due.push_back(key);
+        }
+    }
+
+    fn drive(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        connection.queued = false;
+        match connection.stage {
+            Stage::Waiting => {}
+            Stage::Connecting => self.connecting(key),
+            Stage::Relaying => self.relay(key),
+        }
+    }
+
+    fn relay(&mut self, key: Key) {
+        let EventLoop { connections, pipes, shared, .. } = self;
+        let Some(connection) = connections.get_mut(&key) else { return };
+        let mark = connection.mark();
+        let next = connection.relay(self.now, pipes);
+        let ((up, ..), (down, ..)) = mark;
+        let (up, down) = (connection.up.moved - up, connection.down.moved - down);
+        shared.table.listeners[connection.listener].traffic.add(up, down);
+        if let Some(backend) = connection.backend {
+            shared.table.backends[backend].traffic.add(up, down);
+        }
+        if self.lending && mark != connection.mark() && !mem::replace(&mut connection.touched, true) {
+            self.touched.push(key);
+        }
+        for side in [Side::Client, Side::Backend] {
+            // The other end of the flow that has bytes for it.
+            if connection.flow_from(side.other()).pipe.is_some() && !connection.watched.has(side) {
+                watch(&self.registry, key, connection, side);
+            }
+        }
+        match next {
+            Next::Wait => {}
+            Next::Again => self.queue(key),
+            Next::Starve => self.starving.push_back(key),
+            Next::End(how) => self.end(key, how),
+        }
+        self.feed();
+    }
+
+    /// Gives pipes that have become free to those who wait for one.
+    fn feed(&mut self) {
+        if !self.starving.is_empty()
+            && self.pipes.lent() < self.pipes.limit()
+            && let Some(key) = self.starving.pop_front()
+        {
+            self.queue(key);
+        }
+    }
+
+    /// Takes in a connection that was just accepted.
+    fn begin(&mut self, key: Key, connection: Connection) {
+        self.connections.insert(key, connection);
+        self.touch(key);
+        self.connect(key);
+    }
+
+    /// A successor will have to be told of it.
+    fn touch(&mut self, key: Key) {
+        if self.lending
+            && let Some(connection) = self.connections.get_mut(&key)
+            && !mem::replace(&mut connection.touched, true)
+        {
+            self.touched.push(key);
+        }
+    }
+
+    /// Tries backends until one is being connected to.
+    fn connect(&mut self, key: Key) {
+        let shared = Arc::clone(&self.shared);
+        let table = &shared.table;
+        loop {
+            let Some(connection) = self.connections.get_mut(&key) else { return };
+            let Some(pool) = table.pool(connection.listener) else { return self.end(key, How::Refused) };
+            let chosen = match connection.backend {
+                // The same again.
+                Some(backend) => Some(backend),
+                None if connection.tried.len() >= pool.tries => return self.end(key, How::Refused),
+                None => table.choose(connection.listener, &connection.tried),
+            };
+            let Some(backend) = chosen else {
+                if !connection.tried.is_empty() {
+                    return self.end(key, How::Refused);
+                }
+                connection.stage = Stage::Waiting;
+                self.waiting.push_back(key);
+                table.waiting.store(1, Ordering::Relaxed);
+                return;
+            };
+            if connection.backend.is_none() {
+                connection.until = Some(self.now.saturating_add(pool.connect_within));
+            }
+            connection.backend = Some(backend);
+            connection.stage = Stage::Connecting;
+            let Some(place) = &table.backends[backend].place else { return self.end(key, How::Refused) };
+            let error = match Socket::connect(place, pool.tcp) {
+                Ok(socket) if socket.is_its_own_peer(place) => Errno::CONNREFUSED.into(),
+                Ok(socket) => {
+                    let both = Interest::READABLE | Interest::WRITABLE;
+                    match register(&self.registry, socket.as_fd(), token(key.second()), both) {
+                        Ok(()) => {
+                            connection.server = Some(socket);
+                            connection.watched.set(Side::Backend);
+                            return self.timers.set(key, &mut connection.timer, connection.until);
+                        }
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            if error.kind() == io::ErrorKind::WouldBlock || is_shortage(&error) {
+                let again = connection.until.map(|until| until.min(self.now + nanoseconds(AGAIN)));
+                return self.timers.set(key, &mut connection.timer, again);
+            }
+            self.failed_to_connect(key, &error);
+        }
+    }
+
+    /// A backend could not be connected to.
+    fn failed_to_connect(&mut self, key: Key, error: &io::Error) {
+        let shared = Arc::clone(&self.shared);
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let Some(number) = connection.backend.take() else { return };
+        let backend = &shared.table.backends[number];
+        tracing::debug!(backend = backend.name, address = backend.address, %error, "cannot connect");
+        backend.traffic.failed.fetch_add(1, Ordering::Relaxed);
+        backend.open.remove();
+        connection.tried.push(number);
+        if let Some(socket) = connection.server.take() {
+            let _ = deregister(&self.registry, socket.as_fd());
+        }
+        shared.wake_waiting();
+    }
+
+    /// A connection to a backend has come to something.
+    fn connecting(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let Some(server) = &connection.server else { return };
+        if connection.failed.has(Side::Backend) || connection.down.readable {
+            // Refused, or already closed again.
+            if let Err(error) = server.take_error() {
+                connection.failed = Sides::default();
+                connection.down = Default::default();
+                connection.up.writable = false;
+                self.failed_to_connect(key, &error);
+                return self.connect(key);
+            }
+        }
+        if !connection.up.writable && !connection.down.readable {
+            return;
+        }
+        let both = Interest::READABLE | Interest::WRITABLE;
+        if let Err(error) = register(&self.registry, connection.client.as_fd(), token(key.first()), both) {
+            tracing::warn!(%error, "cannot wait for a client");
+            return self.end(key, How::Refused);
+        }
+        connection.watched.set(Side::Client);
+        connection.stage = Stage::Relaying;
+        (connection.connected, connection.active) = (Some(self.now), self.now);
+        (connection.until, connection.up.readable, connection.down.writable) = (None, true, true);
+        connection.tried = Vec::new();
+        if let Some(backend) = connection.backend {
+            self.shared.table.backends[backend].traffic.connections.fetch_add(1, Ordering::Relaxed);
+        }
+        self.set_timer(key);
+        self.touch(key);
+        self.relay(key);
+    }
+
+    /// Sets when a relayed connection is to be looked at next.
+    pub(crate) fn set_timer(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let idle = self.shared.table.listeners[connection.listener].idle;
+        let idle = idle.map(|idle| connection.active.saturating_add(idle));
+        let at = [idle, connection.until].into_iter().flatten().min();
+        self.timers.set(key, &mut connection.timer, at);
+    }
+
+    fn timer(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        connection.timer = None;
+        let is_over = connection.until.is_some_and(|until| until <= self.now);
+        match connection.stage {
+            Stage::Connecting if is_over => {
+                self.failed_to_connect(key, &io::ErrorKind::TimedOut.into());
+                self.connect(key);
+            }
+            Stage::Connecting => self.connect(key),
+            Stage::Relaying if is_over => self.end(key, How::Drained),
+            Stage::Relaying => {
+                let idle = self.shared.table.listeners[connection.listener].idle;
+                if idle.is_some_and(|idle| connection.active.saturating_add(idle) <= self.now) {
+                    self.end(key, How::Idle);
+                } else {
+                    self.set_timer(key);
+                }
+            }
+            Stage::Waiting => {}
+        }
+    }
+
+    /// Looks for backends for those who wait for one.
+    fn retry_waiting(&mut self) {
+        for key in mem::take(&mut self.waiting) {
+            self.connect(key);
+        }
+    }
+
+    /// Accepts who waits at a listener, as far as there is room.
+    fn open_door(&mut self, at: usize) {
+        let shared = Arc::clone(&self.shared);
+        let table = &shared.table;
+        for _ in 0..AT_ONCE {
+            let door = &mut self.doors[at];
+            if !door.wants_turn(self.now) {
+                return;
+            }
+            let listener = &table.listeners[door.listener];
+            let has_room = |backend: &usize| table.backends[*backend].open.has_room();
+            let backends = table.pool(door.listener).map_or(&[][..], |pool| &pool.backends);
+            if !table.open.has_room()
+                || !listener.open.has_room()
+                || !self.waiting.is_empty()
+                || !backends.iter().any(has_room)
+            {
+                table.waiting.store(1, Ordering::Relaxed);
+                return;
+            }
+            match socket::accept(&door.socket, door.kind) {
+                Ok((client, from)) => {
+                    table.open.add();
+                    listener.open.add();
+                    listener.traffic.connections.fetch_add(1, Ordering::Relaxed);
+                    let (key, to) = (shared.keys.take(), shared.loop_for_next(self.number));
+                    let connection = Connection::new(door.listener, client, from, self.now);
+                    let post = &shared.loops[to];
+                    post.load.fetch_add(1, Ordering::Relaxed);
+                    if to == self.number {
+                        self.begin(key, connection);
+                    } else {
+                        post.inbox.lock().expect("nobody panics with it").push((key, connection));
+                        let _ = post.waker.wake();
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    door.ready = false;
+                    return;
+                }
+                Err(error) if is_shortage(&error) => {
+                    tracing::warn!(listener = listener.name, %error, "cannot accept; clients wait");
+                    door.rest(self.now);
+                    return;
+                }
+                // That one has gone before it was accepted.
+                Err(_) => {}
+            }
+        }
+        // More may wait; the others have their turn first.
+        self.more = true;
+    }
+
+    /// Ends a connection.
+    pub(crate) fn end(&mut self, key: Key, how: How) {
+        let Some(mut connection) = self.connections.remove(&key) else { return };
+        let shared = Arc::clone(&self.shared);
+        self.timers.set(key, &mut connection.timer, None);
+        if self.lending {
+            // Closing them does not take them from the poller: others hold duplicates.
+            for side in [Side::Client, Side::Backend] {
+                if connection.watched.has(side)
+                    && let Some(socket) = connection.socket(side)
+                {
+                    let _ = deregister(&self.registry, socket.as_fd());
+                }
+            }
+            if connection.offered {
+                self.ended.push(key);
+            }
+        }
+        connection.end(how, &mut self.pipes);
+        shared.note_end(&connection, how, self.now);
+        let table = &shared.table;
+        let listener = &table.listeners[connection.listener];
+        if how == How::Refused {
+            listener.traffic.failed.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(backend) = connection.backend {
+            table.backends[backend].open.remove();
+        }
+        listener.open.remove();
+        table.open.remove();
+        shared.loops[self.number].load.fetch_sub(1, Ordering::Relaxed);
+        drop(connection);
+        shared.wake_waiting();
+    }
+}
+
+/// Taking over.
+impl EventLoop {
+    /// Wakes some of those that were taken over and have not moved yet.
+    fn wake_some(&mut self, count: usize) {
+        for _ in 0..count {
+            match self.dormant.as_ref().and_then(Dormant::any) {
+                Some(key) => self.wake(key),
+                None => {
+                    self.dormant = None;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes over what is dormant.
+    pub(crate) fn go_on_with(&mut self, dormant: Dormant) {
+        let load = &self.shared.loops[self.number].load;
+        load.store(dormant.len(), Ordering::Relaxed);
+        self.urgent = dormant.urgent();
+        self.dormant = Some(dormant);
+    }
+
+    /// Wakes all of them.
+    pub(crate) fn wake_all(&mut self) {
+        while self.dormant.is_some() {
+            self.wake_some(WOKEN);
+        }
+    }
+
+    /// Makes a connection of what was taken over.
+    pub(crate) fn wake(&mut self, key: Key) {
+        let Some(dormant) = &mut self.dormant else { return };
+        let Some(woken) = dormant.take(key) else { return };
+        let Woken { mut connection, registered, urgent } = match woken {
+            Ok(woken) => woken,
+            Err(error) => {
+                // Its sockets were checked when they came.
+                tracing::error!(%error, "cannot go on with a connection that was taken over");
+                return;
+            }
+        };
+        let both = Interest::READABLE | Interest::WRITABLE;
+        for side in [Side::Client, Side::Backend] {
+            let is_watched = match connection.stage {
+                Stage::Relaying => true,
+                Stage::Connecting => side == Side::Backend,
+                Stage::Waiting => false,
+            };
+            if let Some(socket) = connection.socket(side).filter(|_| is_watched && !registered) {
+                if let Err(error) = register(&self.registry, socket.as_fd(), token(key.id(side)), both) {
+                    tracing::error!(%error, "cannot wait for a connection that was taken over");
+                }
+                connection.watched.set(side);
+            }
+        }
+        for flow in [&connection.up, &connection.down] {
+            if flow.pipe.is_some() {
+                self.pipes.arrived();
+            }
+        }
+        let (stage, until) = (connection.stage, connection.until);
+        if urgent || stage != Stage::Relaying {
+            connection.try_everything();
+        } else {
+            (connection.up.writable, connection.down.writable) = (true, true);
+        }
+        if stage == Stage::Connecting {
+            // What it has come to is told by the poller.
+            (connection.up.writable, connection.down.readable) = (false, false);
+        }
+        let has_server = connection.server.is_some();
+        self.connections.insert(key, connection);
+        match stage {
+            Stage::Waiting => self.waiting.push_back(key),
+            Stage::Connecting if has_server => {
+                if let Some(connection) = self.connections.get_mut(&key) {
+                    self.timers.set(key, &mut connection.timer, until);
+                }
+            }
+            Stage::Connecting => self.connect(key),
+            Stage::Relaying => {
+                self.set_timer(key);
+                if urgent {
+                    self.queue(key);
+                }
+            }
+        }
+    }
+}
+
+/// Has the poller tell when a socket that was registered ahead takes more, too.
+fn watch(registry: &Registry, key: Key, connection: &mut Connection, side: Side) {
+    let both = Interest::READABLE | Interest::WRITABLE;
+    let Some(socket) = connection.socket(side) else { return };
+    match reregister(registry, socket.as_fd(), token(key.id(side)), both) {
+        Ok(()) => connection.watched.set(side),
+        Err(error) => tracing::error!(%error, "cannot wait until a connection takes more"),
+    }
+}
+
+/// Whether something is used up that may be there again.
+fn is_shortage(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    errno.is_some_and(|errno| [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].contains(&errno))
+}

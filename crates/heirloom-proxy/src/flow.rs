@@ -1,0 +1,131 @@
+//! One direction of a connection: bytes from a source to a sink, by splice(2) through a pipe.
+//!
+//! At each instant every byte is in a socket or in the pipe. A pipe is filled only when it is empty, so that an EAGAIN has one
+//! meaning: of a filling, that the source has nothing; of an emptying, that the sink takes no more. A flow without bytes has
+//! no pipe.
+
+use std::os::fd::AsFd;
+
+use rustix::io::Errno;
+use rustix::pipe::{SpliceFlags, splice};
+
+use crate::pipes::{Pipe, Pipes};
+use crate::socket::Socket;
+
+/// How much is asked for at once; a pipe takes less.
+const MOST: usize = 1 << 20;
+/// How often a pipe is filled in one turn, so that one connection cannot hold up the others.
+const ROUNDS: usize = 16;
+
+/// See the [module](self).
+#[derive(Debug, Default)]
+pub(crate) struct Flow {
+    /// While it holds bytes.
+    pub(crate) pipe: Option<Pipe>,
+    /// How many.
+    pub(crate) held: usize,
+    /// The source may have something.
+    pub(crate) readable: bool,
+    /// The sink may take something.
+    pub(crate) writable: bool,
+    /// The source has ended.
+    pub(crate) ended: bool,
+    /// The end was passed on, or the sink takes nothing any more: nothing is moved from now on.
+    pub(crate) done: bool,
+    /// The sink has gone before it had everything.
+    pub(crate) lost: bool,
+    /// How many bytes the sink has taken.
+    pub(crate) moved: u64,
+}
+
+/// How a turn of a flow has ended.
+#[derive(Debug)]
+pub(crate) enum Turned {
+    /// There is nothing to do before source or sink tell of something.
+    Waits,
+    /// There may be more to do; others have their turn first.
+    More,
+    /// No pipe was to be had.
+    NoPipe,
+    /// The source has failed, after all that came before was passed on.
+    SourceFailed,
+}
+
+impl Flow {
+    /// Moves what can be moved.
+    pub(crate) fn turn(&mut self, source: &Socket, sink: &Socket, pipes: &mut Pipes) -> Turned {
+        for _ in 0..ROUNDS {
+            if self.done {
+                return Turned::Waits;
+            }
+            if let Some(pipe) = &self.pipe {
+                if !self.writable {
+                    return Turned::Waits;
+                }
+                match splice_some(pipe.reader(), sink, self.held) {
+                    Ok(count) if count > 0 => {
+                        self.moved += count as u64;
+                        self.held = self.held.saturating_sub(count);
+                        if self.held == 0 {
+                            self.pipe.take().into_iter().for_each(|pipe| pipes.give(pipe));
+                        }
+                    }
+                    Err(Errno::AGAIN) => {
+                        self.writable = false;
+                        return Turned::Waits;
+                    }
+                    Err(Errno::INTR) => {}
+                    Ok(_) | Err(_) => self.lose(pipes),
+                }
+                continue;
+            }
+            if self.ended {
+                sink.finish();
+                self.done = true;
+                return Turned::Waits;
+            }
+            if !self.readable {
+                return Turned::Waits;
+            }
+            let Some(pipe) = pipes.take() else { return Turned::NoPipe };
+            match splice_some(source, pipe.writer(), MOST) {
+                Ok(0) => {
+                    pipes.give(pipe);
+                    (self.ended, self.readable) = (true, false);
+                }
+                Ok(count) => (self.pipe, self.held) = (Some(pipe), count),
+                Err(error) => {
+                    pipes.give(pipe);
+                    match error {
+                        Errno::AGAIN => {
+                            self.readable = false;
+                            return Turned::Waits;
+                        }
+                        Errno::INTR => {}
+                        _ => {
+                            (self.ended, self.readable) = (true, false);
+                            return Turned::SourceFailed;
+                        }
+                    }
+                }
+            }
+        }
+        Turned::More
+    }
+
+    /// The sink takes nothing any more.
+    fn lose(&mut self, pipes: &mut Pipes) {
+        (self.done, self.lost) = (true, true);
+        self.drop_pipe(pipes);
+    }
+
+    /// Lets go of the pipe, with what is in it.
+    pub(crate) fn drop_pipe(&mut self, pipes: &mut Pipes) {
+        self.held = 0;
+        self.pipe.take().into_iter().for_each(|pipe| pipes.discard(pipe));
+    }
+}
+
+fn splice_some(from: impl AsFd, to: impl AsFd, most: usize) -> Result<usize, Errno> {
+    splice(from, None, to, None, most, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)
+}

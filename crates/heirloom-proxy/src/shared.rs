@@ -1,0 +1,125 @@
+//! What all loops of a proxy share.
+
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use mio::Waker;
+
+use crate::clock::Time;
+use crate::connection::{Connection, How};
+use crate::gate::Gate;
+use crate::handover::{ServiceState, TrafficState};
+use crate::id::{Key, Keys};
+use crate::prepared::Places;
+use crate::report::{BackendReport, ListenerReport, Report};
+use crate::table::Table;
+
+pub(crate) struct Shared {
+    pub(crate) table: Table,
+    pub(crate) keys: Keys,
+    pub(crate) gate: Gate,
+    pub(crate) loops: Vec<Post>,
+}
+
+/// How a loop is reached by others.
+pub(crate) struct Post {
+    pub(crate) waker: Arc<Waker>,
+    /// How many connections it has.
+    pub(crate) load: AtomicUsize,
+    /// Connections for it, accepted by others.
+    pub(crate) inbox: Mutex<Vec<(Key, Connection)>>,
+}
+
+impl Post {
+    pub(crate) fn new(waker: Waker) -> Post {
+        Post { waker: Arc::new(waker), load: AtomicUsize::new(0), inbox: Mutex::default() }
+    }
+
+    pub(crate) fn take(&self) -> Vec<(Key, Connection)> {
+        std::mem::take(&mut *self.inbox.lock().expect("nobody panics with it"))
+    }
+}
+
+/// By how many a loop may have more than another before that one gets the next connection: to wake it costs something.
+const SLACK: usize = 1;
+
+impl Shared {
+    /// Which loop is to have a connection that this one has accepted.
+    pub(crate) fn loop_for_next(&self, own: usize) -> usize {
+        let load = |at: usize| self.loops[at].load.load(Ordering::Relaxed);
+        let least = (0..self.loops.len()).min_by_key(|&at| load(at)).unwrap_or(own);
+        if load(own) <= load(least) + SLACK { own } else { least }
+    }
+
+    /// Something has ended for which somebody may wait.
+    pub(crate) fn wake_waiting(&self) {
+        if self.table.waiting.load(Ordering::Relaxed) > 0 && self.table.waiting.swap(0, Ordering::Relaxed) > 0
+        {
+            self.loops.iter().for_each(|post| drop(post.waker.wake()));
+        }
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("table", &self.table).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// A connection has ended.
+    pub(crate) fn note_end(&self, _connection: &Connection, _how: How, _now: Time) {}
+
+    /// Goes on counting where the incumbent has ended.
+    pub(crate) fn go_on_counting(&self, places: &Places, state: &ServiceState) {
+        for (known, &at) in state.listeners.iter().zip(&places.listeners) {
+            known.traffic.set(&self.table.listeners[at].traffic);
+        }
+        for (known, &at) in state.backends.iter().zip(&places.backends) {
+            known.traffic.set(&self.table.backends[at].traffic);
+        }
+    }
+
+    /// What it does at the moment, but for what only the loops know.
+    pub(crate) fn report(&self) -> Report {
+        let table = &self.table;
+        let listeners = table.listeners.iter().map(|listener| {
+            let traffic = TrafficState::of(&listener.traffic);
+            ListenerReport {
+                name: listener.name.clone(),
+                address: listener.bound(),
+                pool: listener.pool.map(|pool| table.pools[pool].name.clone()),
+                connections: listener.open.now(),
+                max_connections: listener.open.most(),
+                total_connections: traffic.connections,
+                refused: traffic.failed,
+                up_bytes: traffic.up,
+                down_bytes: traffic.down,
+            }
+        });
+        let backends = table.backends.iter().map(|backend| {
+            let traffic = TrafficState::of(&backend.traffic);
+            BackendReport {
+                pool: backend.pool.clone(),
+                name: backend.name.clone(),
+                address: backend.address.clone(),
+                configured: backend.place.is_some(),
+                connections: backend.open.now(),
+                max_connections: backend.open.most(),
+                total_connections: traffic.connections,
+                failed: traffic.failed,
+                up_bytes: traffic.up,
+                down_bytes: traffic.down,
+            }
+        });
+        Report {
+            threads: self.loops.len(),
+            connections: table.open.now(),
+            max_connections: table.open.most().unwrap_or_default(),
+            listeners: listeners.filter(|one| one.pool.is_some() || one.connections > 0).collect(),
+            backends: backends.filter(|one| one.configured || one.connections > 0).collect(),
+            ..Report::default()
+        }
+    }
+}

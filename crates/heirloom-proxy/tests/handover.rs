@@ -1,0 +1,154 @@
+//! Everything is handed over, between two engines of this process.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc;
+use std::thread;
+
+use support::*;
+
+#[test]
+fn idle_connections_and_those_that_are_new_changed_or_ended_live_on() {
+    let to = backend(echo);
+    let mut engine = fresh(simple(&[to], ""));
+    let at = address(&engine);
+    let mut clients: Vec<TcpStream> = (0..50).map(|_| connect(at)).collect();
+    clients.iter_mut().for_each(|client| talk(client, "hello"));
+    for generation in 0..5 {
+        let mut leaving = clients.split_off(40);
+        engine = hand_over(engine, simple(&[to], &format!("backlog = {}", 100 + generation)), || {
+            clients[..10].iter_mut().for_each(|client| talk(client, "meanwhile"));
+            leaving.drain(..).for_each(|mut client| {
+                client.shutdown(Shutdown::Write).unwrap();
+                assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+            });
+            let mut new: Vec<TcpStream> = (0..10).map(|_| connect(at)).collect();
+            new.iter_mut().for_each(|client| talk(client, "new"));
+            clients.append(&mut new);
+        });
+        clients.iter_mut().for_each(|client| talk(client, "after"));
+        let report = engine.report();
+        assert_eq!(report.connections, clients.len());
+        assert_eq!(report.listeners[0].total_connections, 50 + 10 * (generation + 1));
+        assert_eq!(report.backends[0].connections, clients.len());
+    }
+    drop(clients);
+    wait_until(&engine, "all have ended", |report| report.connections == 0);
+}
+
+#[test]
+fn what_is_in_a_pipe_travels_and_half_closed_connections_stay_so() {
+    let (sender, receiver) = mpsc::channel();
+    let to = backend(move |mut stream| {
+        let chunk: Vec<u8> = (0..1 << 20).map(|n| (n % 251) as u8).collect();
+        let mut first = [0; 1];
+        stream.read_exact(&mut first).unwrap();
+        // The client has nothing more to say.
+        assert_eq!(stream.read(&mut first).unwrap(), 0);
+        for _ in 0..32 {
+            stream.write_all(&chunk).unwrap();
+        }
+        sender.send(()).unwrap();
+    });
+    let mut engine = fresh(simple(&[to], ""));
+    let mut client = connect(address(&engine));
+    client.write_all(b"b").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut heard = Vec::new();
+    let mut buffer = vec![0; 100_000];
+    for threads in 1..8 {
+        wait_until(&engine, "it is held up", |report| report.pipes_in_use == 1);
+        let mut config = simple(&[to], "");
+        config.threads = std::num::NonZeroUsize::new(threads);
+        engine = hand_over(engine, config, || {});
+        for _ in 0..20 {
+            let count = client.read(&mut buffer).unwrap();
+            heard.extend_from_slice(&buffer[..count]);
+        }
+    }
+    client.read_to_end(&mut heard).unwrap();
+    receiver.recv_timeout(LONG).unwrap();
+    assert_eq!(heard.len(), 32 << 20);
+    assert!(heard.iter().enumerate().all(|(n, byte)| *byte == ((n % (1 << 20)) % 251) as u8));
+    wait_until(&engine, "it has ended", |report| report.connections == 0 && report.pipes_in_use == 0);
+}
+
+#[test]
+fn a_busy_stream_is_exact_over_many_handovers() {
+    let to = backend(echo);
+    let mut engine = fresh(simple(&[to], ""));
+    let mut writer = connect(address(&engine));
+    let mut reader = writer.try_clone().unwrap();
+    const LINES: u64 = 300_000;
+    let reading = thread::spawn(move || {
+        let mut heard = Vec::new();
+        reader.read_to_end(&mut heard).unwrap();
+        heard
+    });
+    let writing = thread::spawn(move || {
+        for n in 0..LINES / 100 {
+            let lines: String = (0..100).map(|m| format!("{:012}\n", n * 100 + m)).collect();
+            writer.write_all(lines.as_bytes()).unwrap();
+        }
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let mut handovers = 0;
+    while !writing.is_finished() || handovers < 20 {
+        engine = hand_over(engine, simple(&[to], ""), || {});
+        handovers += 1;
+    }
+    writing.join().unwrap();
+    let heard = reading.join().unwrap();
+    let expected: String = (0..LINES).map(|n| format!("{n:012}\n")).collect();
+    assert!(heard == expected.as_bytes(), "{} bytes of {}", heard.len(), expected.len());
+    wait_until(&engine, "it has ended", |report| report.connections == 0);
+}
+
+#[test]
+fn a_backend_that_leaves_the_configuration_keeps_its_connections_for_the_time_to_drain() {
+    let (old, new) = (backend(echo), backend(echo));
+    let engine = fresh(simple(&[old], ""));
+    let at = address(&engine);
+    let mut client = connect(at);
+    talk(&mut client, "hello");
+    let engine = hand_over(engine, simple(&[new], ""), || {});
+    talk(&mut client, "still");
+    talk(&mut connect(at), "new");
+    let report = engine.report();
+    let of = |address: &std::net::SocketAddr| {
+        report.backends.iter().find(|backend| backend.address == address.to_string()).unwrap()
+    };
+    assert!(!of(&old).configured && of(&old).connections == 1);
+    assert!(of(&new).configured && of(&new).total_connections == 1);
+
+    let mut config = simple(&[new], "");
+    config.drain = Some(std::time::Duration::from_millis(50));
+    let engine = hand_over(engine, config, || {});
+    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+    wait_until(&engine, "it has ended", |report| report.connections == 0);
+    assert_eq!(engine.report().backends.len(), 1);
+}
+
+#[test]
+fn an_offer_of_which_nothing_comes_changes_nothing() {
+    let to = backend(echo);
+    let mut engine = fresh(simple(&[to], ""));
+    let mut client = connect(address(&engine));
+    talk(&mut client, "hello");
+    for _ in 0..3 {
+        engine.offer();
+        talk(&mut client, "offered");
+        let mut frozen = engine.freeze();
+        let delta = frozen.delta();
+        assert_eq!((delta.changed.len(), delta.added.len(), delta.ended.len()), (1, 0, 0));
+        client.write_all(b"frozen").unwrap();
+        frozen.thaw();
+        hear(&mut client, "frozen");
+        engine.reclaim();
+        talk(&mut client, "reclaimed");
+        talk(&mut connect(address(&engine)), "new");
+        wait_until(&engine, "that one has ended", |report| report.connections == 1);
+    }
+}

@@ -1,0 +1,234 @@
+//! The relay as its clients and backends see it.
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc;
+use std::thread;
+
+use rustix::net::sockopt;
+use support::*;
+
+#[test]
+fn what_is_said_is_passed_on_both_ways_and_counted() {
+    let engine = fresh(simple(&[backend(echo)], ""));
+    let mut client = connect(address(&engine));
+    for n in 0..100 {
+        talk(&mut client, &format!("line {n}\n"));
+    }
+    wait_until(&engine, "everything is counted", |report| {
+        let listener = &report.listeners[0];
+        (listener.up_bytes, listener.down_bytes) == (790, 790) && listener.total_connections == 1
+    });
+    assert_eq!((engine.report().connections, engine.report().pipes_in_use), (1, 0));
+    drop(client);
+    wait_until(&engine, "it has ended", |report| report.connections == 0);
+    assert_eq!(engine.report().backends[0].connections, 0);
+}
+
+#[test]
+fn an_end_of_one_direction_leaves_the_other() {
+    // Answers only when it has heard everything.
+    let to = backend(|mut stream| {
+        let mut heard = String::new();
+        stream.read_to_string(&mut heard).unwrap();
+        stream.write_all(heard.to_uppercase().as_bytes()).unwrap();
+    });
+    let engine = fresh(simple(&[to], ""));
+    let mut client = connect(address(&engine));
+    client.write_all(b"question").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "QUESTION");
+
+    // And the other way round.
+    let (sender, receiver) = mpsc::channel();
+    let to = backend(move |mut stream| {
+        stream.write_all(b"greeting").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut heard = String::new();
+        stream.read_to_string(&mut heard).unwrap();
+        sender.send(heard).unwrap();
+    });
+    let engine = fresh(simple(&[to], ""));
+    let mut client = connect(address(&engine));
+    let mut greeting = String::new();
+    client.read_to_string(&mut greeting).unwrap();
+    assert_eq!(greeting, "greeting");
+    client.write_all(b"thanks").unwrap();
+    drop(client);
+    assert_eq!(receiver.recv_timeout(LONG).unwrap(), "thanks");
+    wait_until(&engine, "it has ended", |report| report.connections == 0);
+}
+
+fn reset(stream: TcpStream) {
+    sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
+}
+
+#[test]
+fn a_reset_is_passed_on_as_a_reset() {
+    let (sender, receiver) = mpsc::channel();
+    let to = backend(move |mut stream| {
+        let mut buffer = [0; 100];
+        let heard = stream.read(&mut buffer).unwrap();
+        sender.send((heard, stream.read(&mut buffer).map_err(|error| error.kind()))).unwrap();
+    });
+    let engine = fresh(simple(&[to], ""));
+    let mut client = connect(address(&engine));
+    client.write_all(b"hello").unwrap();
+    wait_until(&engine, "it is passed on", |report| report.backends[0].up_bytes == 5);
+    reset(client);
+    assert_eq!(receiver.recv_timeout(LONG).unwrap(), (5, Err(ErrorKind::ConnectionReset)));
+    wait_until(&engine, "it has ended", |report| report.connections == 0);
+
+    let to = backend(|mut stream| {
+        stream.write_all(b"last words").unwrap();
+        let mut buffer = [0; 100];
+        assert_eq!(stream.read(&mut buffer).unwrap(), 1);
+        reset(stream);
+    });
+    let engine = fresh(simple(&[to], ""));
+    let mut client = connect(address(&engine));
+    hear(&mut client, "last words");
+    client.write_all(b"!").unwrap();
+    assert_eq!(client.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    wait_until(&engine, "it has ended", |report| report.connections == 0);
+}
+
+#[test]
+fn who_does_not_read_holds_up_who_sends_and_nobody_else() {
+    let (sender, receiver) = mpsc::channel();
+    let to = backend(move |mut stream| {
+        let mut first = [0; 1];
+        stream.read_exact(&mut first).unwrap();
+        if first == *b"e" {
+            return echo(stream);
+        }
+        // As much as is taken: far more than any buffer.
+        let chunk = vec![b'x'; 1 << 20];
+        let sent: usize = (0..64).map(|_| stream.write(&chunk).unwrap()).sum();
+        sender.send(sent).unwrap();
+    });
+    let engine = fresh(simple(&[to], ""));
+    let mut slow = connect(address(&engine));
+    slow.write_all(b"b").unwrap();
+    wait_until(&engine, "it is held up", |report| report.pipes_in_use == 1);
+    let mut other = connect(address(&engine));
+    other.write_all(b"e").unwrap();
+    for n in 0..100 {
+        talk(&mut other, &format!("line {n}\n"));
+    }
+    assert!(receiver.try_recv().is_err(), "the sender is held up");
+    let mut heard = Vec::new();
+    slow.read_to_end(&mut heard).unwrap();
+    assert_eq!(heard.len(), receiver.recv_timeout(LONG).unwrap());
+    assert!(heard.iter().all(|byte| *byte == b'x'));
+}
+
+/// A port at which nobody listens, and which is not given to others.
+fn refuses() -> (SocketAddr, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let client = TcpStream::connect(address).unwrap();
+    let (held, _) = listener.accept().unwrap();
+    drop(client);
+    (address, held)
+}
+
+#[test]
+fn a_backend_that_refuses_is_passed_over_and_if_all_do_the_client_is_reset() {
+    let (nobody, _held) = refuses();
+    let engine = fresh(simple(&[nobody, backend(echo)], ""));
+    for _ in 0..10 {
+        talk(&mut connect(address(&engine)), "hello");
+    }
+    let report = engine.report();
+    assert!(report.backends[0].failed >= 5 && report.backends[1].total_connections == 10, "{report:?}");
+
+    let engine = fresh(simple(&[nobody], ""));
+    for _ in 0..100 {
+        let mut client = connect(address(&engine));
+        assert_eq!(client.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+    wait_until(&engine, "all have ended", |report| report.connections == 0);
+    let report = engine.report();
+    assert_eq!((report.listeners[0].refused, report.pipes_in_use), (100, 0));
+}
+
+#[test]
+fn at_a_limit_clients_wait_until_somebody_has_gone() {
+    for limit in ["max_connections = 2", "to_limit"] {
+        let to = backend(echo);
+        let config = if limit == "to_limit" {
+            config(&format!(
+                "[[listener]]\nlisten = \"127.0.0.1:0\"\npool = \"p\"\n[pool.p]\nbackends = [{{ address = \"{to}\", max_connections = 2 }}]"
+            ))
+        } else {
+            simple(&[to], limit)
+        };
+        let engine = fresh(config);
+        let mut clients: Vec<_> = (0..5).map(|_| connect(address(&engine))).collect();
+        clients.iter_mut().for_each(|client| client.write_all(b"me").unwrap());
+        wait_until(&engine, "two are served", |report| report.listeners[0].down_bytes == 4);
+        assert_eq!(engine.report().backends[0].connections, 2);
+        // Whoever is served goes, and makes room for the next.
+        for mut client in clients {
+            hear(&mut client, "me");
+        }
+        wait_until(&engine, "all have ended", |report| report.connections == 0);
+        assert_eq!(engine.report().listeners[0].down_bytes, 10);
+    }
+}
+
+#[test]
+fn what_is_silent_for_too_long_ends() {
+    let engine = fresh(simple(&[backend(echo)], "idle_timeout = \"300ms\""));
+    let mut silent = connect(address(&engine));
+    talk(&mut silent, "hello");
+    let mut talks = connect(address(&engine));
+    let (done, over) = mpsc::channel::<()>();
+    let talking = thread::spawn(move || {
+        while over.try_recv() == Err(mpsc::TryRecvError::Empty) {
+            talk(&mut talks, "still here");
+            thread::sleep(std::time::Duration::from_millis(5));
+        }
+        talks
+    });
+    assert_eq!(silent.read(&mut [0; 1]).unwrap(), 0);
+    drop(done);
+    let mut talks = talking.join().unwrap();
+    assert_eq!(talks.read(&mut [0; 1]).unwrap(), 0);
+}
+
+#[test]
+fn unix_sockets_on_both_sides() {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    let directory = tempfile::tempdir().unwrap();
+    let (outside, inside) = (directory.path().join("outside"), directory.path().join("inside"));
+    let listener = UnixListener::bind(&inside).unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let mut buffer = [0; 100];
+            while let Ok(count @ 1..) = stream.read(&mut buffer) {
+                stream.write_all(&buffer[..count]).unwrap();
+            }
+        }
+    });
+    let engine = fresh(config(&format!(
+        "[[listener]]\nlisten = \"unix:{}\"\nto = [\"unix:{}\"]\nmode = \"0600\"",
+        outside.display(),
+        inside.display()
+    )));
+    let mut client = UnixStream::connect(&outside).unwrap();
+    client.set_read_timeout(Some(LONG)).unwrap();
+    let mut heard = [0; 5];
+    client.write_all(b"hello").unwrap();
+    client.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, b"hello");
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client.read(&mut heard).unwrap(), 0);
+    engine.stop(LONG);
+    assert!(!outside.exists());
+}

@@ -1,0 +1,137 @@
+//! What the tests of the engine share: engines in this process, backends, and waiting for conditions.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use heirloom::manifest::Changes;
+use heirloom::{Bundle, ItemId, Limits};
+use heirloom_proxy::{Config, Engine, Prepared, Report};
+
+/// How long anything may take on a loaded machine before a test calls it a failure.
+pub(crate) const LONG: Duration = Duration::from_secs(60);
+
+pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let give_up = Instant::now() + LONG;
+    while !condition() {
+        assert!(Instant::now() < give_up, "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+pub(crate) fn config(text: &str) -> Config {
+    Config::parse(text, "test.toml").unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A listener at any port, and its backends.
+pub(crate) fn simple(to: &[SocketAddr], more: &str) -> Config {
+    let to: Vec<String> = to.iter().map(|to| format!("{:?}", to.to_string())).collect();
+    let to = to.join(", ");
+    config(&format!("threads = 2\n[[listener]]\nlisten = \"127.0.0.1:0\"\nto = [{to}]\n{more}"))
+}
+
+pub(crate) fn fresh(config: Config) -> Engine {
+    let mut prepared = Prepared::new(config).unwrap();
+    prepared.offer(&Bundle::new()).unwrap();
+    prepared.start(Bundle::new())
+}
+
+/// Where the first listener is.
+pub(crate) fn address(engine: &Engine) -> SocketAddr {
+    engine.report().listeners[0].address.parse().unwrap()
+}
+
+pub(crate) fn connect(to: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(to).unwrap();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    stream.set_write_timeout(Some(LONG)).unwrap();
+    stream
+}
+
+/// Waits until the engine says so of itself.
+pub(crate) fn wait_until(engine: &Engine, what: &str, condition: impl Fn(&Report) -> bool) {
+    let give_up = Instant::now() + LONG;
+    loop {
+        let report = engine.report();
+        if condition(&report) {
+            return;
+        }
+        assert!(Instant::now() < give_up, "waited in vain: {what}: {report:?}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A backend, the connections of which are each served in a thread.
+pub(crate) fn backend(serve: impl Fn(TcpStream) + Clone + Send + 'static) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let serve = serve.clone();
+            thread::spawn(move || serve(stream));
+        }
+    });
+    address
+}
+
+/// Sends back what it gets; what a thread sees as an error ends it.
+pub(crate) fn echo(mut stream: TcpStream) {
+    let mut buffer = vec![0; 65_536];
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..count]).is_err() {
+            return;
+        }
+    }
+}
+
+/// Says something, and reads it back.
+pub(crate) fn talk(stream: &mut TcpStream, text: &str) {
+    stream.write_all(text.as_bytes()).unwrap();
+    hear(stream, text);
+}
+
+/// Reads exactly this.
+pub(crate) fn hear(stream: &mut TcpStream, text: &str) {
+    let mut heard = vec![0; text.len()];
+    stream.read_exact(&mut heard).unwrap();
+    assert_eq!(String::from_utf8(heard).unwrap(), text);
+}
+
+/// Hands everything over to an engine with another configuration, as two processes do it; `meanwhile` happens between the offer
+/// and the freeze.
+pub(crate) fn hand_over(mut engine: Engine, config: Config, meanwhile: impl FnOnce()) -> Engine {
+    let limits = Limits::default();
+    let base = engine.offer();
+    let crc = base.encode(&limits).unwrap().crc;
+    let copy = |engine: &Engine, id: ItemId| engine.descriptor(id).unwrap().try_clone_to_owned().unwrap();
+    let descriptors: BTreeMap<ItemId, OwnedFd> =
+        base.items.iter().map(|entry| (entry.id, copy(&engine, entry.id))).collect();
+    let mut prepared = Prepared::new(config).unwrap();
+    for entry in &base.items {
+        use std::os::fd::AsFd;
+        prepared.register(entry, descriptors[&entry.id].as_fd()).unwrap();
+    }
+    let count = base.items.len();
+    let mut bundle = Bundle::from_parts(base, descriptors).unwrap();
+    prepared.offer(&bundle).unwrap();
+    meanwhile();
+    let mut frozen = engine.freeze();
+    let mut delta = frozen.delta();
+    delta.base_crc = crc;
+    delta.count = (count + delta.added.len() - delta.ended.len()) as u64;
+    let changes = Changes::of(&delta);
+    let late = delta
+        .added
+        .iter()
+        .map(|entry| (entry.id, frozen.descriptor(entry.id).unwrap().try_clone_to_owned().unwrap()))
+        .collect();
+    bundle.apply(delta, crc, late).unwrap();
+    prepared.complete(&bundle, &changes).unwrap();
+    drop(frozen);
+    engine.leave(LONG);
+    prepared.start(bundle)
+}
