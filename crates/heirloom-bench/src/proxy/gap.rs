@@ -38,7 +38,7 @@ pub(super) fn measure(
             let plural = if count == 1 { "" } else { "s" };
             report(Comparison::new("gap", format!("{count} connection{plural}{what}"), "µs", columns))
         };
-        let longest = |gaps: Vec<f64>| vec![gaps.into_iter().fold(0.0, f64::max)];
+        let longest = |gaps: Vec<f64>| vec![gaps.into_iter().fold(f64::MIN, f64::max)];
         compare("", &Sampled::added)?;
         compare(", longest", &|sampled| longest(sampled.added()))?;
         compare(": with a handover", &|sampled| sampled.with.clone())?;

@@ -20,6 +20,8 @@ use crate::proxy::load::{connect, exchange};
 const START_WITHIN: Duration = Duration::from_secs(5);
 /// How long nginx may take to begin with an upgrade; it ignores some requests.
 const HEED_WITHIN: Duration = Duration::from_secs(1);
+/// How often a reload is asked for: HAProxy misses the signal now and then, when it has just started.
+const MOST_ASKED: u32 = 3;
 /// Between two looks at what processes there are, each of which costs a millisecond.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -138,19 +140,26 @@ impl Running {
         .into_iter()
         .filter_map(|process| pidfd_open(process, PidfdFlags::empty()).ok())
         .collect();
-        let asked = Instant::now();
+        let mut asked = Instant::now();
         self.ask(cause, master)?;
         if self.contender != Contender::Heirloom {
             let (newcomers, within) = match upgrades_master {
                 true => (self.contender.processes(self.threads), HEED_WITHIN),
                 false => (self.contender.processes(self.threads) - 1, START_WITHIN),
             };
+            let mut times = 1;
             while self.newcomers(&before)?.len() < newcomers {
                 if asked.elapsed() > within {
                     if upgrades_master {
                         return Ok(HandedOver::Ignored);
                     }
-                    bail!("{} starts no successor: {}", self.contender.name(), self.said());
+                    if times == MOST_ASKED {
+                        bail!("{} starts no successor: {}", self.contender.name(), self.said());
+                    }
+                    eprintln!("{} has not heeded a request to reload: it is asked again", self.contender.name());
+                    times += 1;
+                    asked = Instant::now();
+                    self.ask(cause, master)?;
                 }
                 std::thread::sleep(LOOK_EVERY);
             }
