@@ -13,6 +13,7 @@ use crate::control::{RUNTIME_DIRECTORY, SOCKET, Target};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::page::Page;
+use crate::proxy;
 
 /// How long a process may take to end after it has said "Bye".
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
@@ -181,7 +182,10 @@ fn table(status: &Status, now: SystemTime) -> String {
             row("refused", why.clone());
         }
     }
-    row("items", status.items.len().to_string());
+    let proxy = proxy::report::of(status);
+    if proxy.is_none() {
+        row("items", status.items.len().to_string());
+    }
     for item in &status.items {
         let by = item.put_by.map_or(String::new(), |pid| format!(", put by pid {pid}"));
         row("", format!("{} ({}, id {}{by})", item.name, item.kind, item.id));
@@ -206,6 +210,9 @@ fn table(status: &Status, now: SystemTime) -> String {
                 format!("{} items, {} bytes, {pause}, {} µs in all", last.items, last.bytes, last.total_us),
             );
         }
+    }
+    if let Some(report) = proxy {
+        out.push_str(&proxy::report::table(&report));
     }
     out
 }
@@ -262,6 +269,7 @@ mod tests {
                 kept_above: Some(1),
                 ..Supervised::default()
             }),
+            application: None,
         };
         let text = table(&status, UNIX_EPOCH + Duration::from_secs(120));
         for part in [

@@ -153,13 +153,24 @@ impl Engine {
     }
 
     /// Another process has everything: what is still to be written to the access log is written, for so long at most.
-    pub fn leave(self, _within: Duration) {}
+    pub fn leave(self, within: Duration) {
+        self.write_access_log(within);
+    }
 
     /// Ends every connection and every listener, for good, and writes the access log for so long at most.
-    pub fn stop(mut self, _within: Duration) {
+    pub fn stop(mut self, within: Duration) {
         let Frozen { states, .. } = self.freeze();
         for mut state in states {
             state.stop();
+        }
+        self.write_access_log(within);
+    }
+
+    fn write_access_log(&self, within: Duration) {
+        if let Some(access) = &self.shared.access
+            && !access.flush(within)
+        {
+            tracing::warn!("the access log does not take everything in time: its last lines are lost");
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::access::AccessError;
+
 /// Why an engine cannot be prepared. Nothing was taken over, and nothing is listened at.
 ///
 /// ```
@@ -36,6 +38,9 @@ pub enum EngineError {
     /// What is handed over cannot be used.
     #[error("cannot go on with what is handed over: {0}")]
     State(String),
+    /// The access log cannot be opened.
+    #[error(transparent)]
+    AccessLog(#[from] AccessError),
     /// A system call failed.
     #[error("cannot prepare an event loop: {0}")]
     Io(#[from] io::Error),

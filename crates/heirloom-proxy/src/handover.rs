@@ -168,13 +168,13 @@ pub(crate) type Items = Vec<(Entry, Lent)>;
 impl ServiceState {
     pub(crate) fn of(table: &Table, samples: Vec<Sample>) -> ServiceState {
         let listeners = table.listeners.iter().map(|listener| ListenerState {
-            name: listener.name.clone(),
+            name: listener.name.as_ref().into(),
             address: listener.address.clone(),
             traffic: TrafficState::of(&listener.traffic),
         });
         let backends = table.backends.iter().map(|backend| BackendState {
             pool: backend.pool.clone(),
-            name: backend.name.clone(),
+            name: backend.name.as_ref().into(),
             address: backend.address.clone(),
             traffic: TrafficState::of(&backend.traffic),
         });

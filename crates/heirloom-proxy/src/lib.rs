@@ -5,6 +5,7 @@
 //! it stops for that, is in the terms of the library: a base and a delta, and descriptors that are lent.
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod address;
 mod arriving;
 mod bound;

@@ -16,6 +16,7 @@ use heirloom::{Bundle, Entry, ItemId, Kind};
 use heirloom_sys::SignalMask;
 use mio::{Interest, Poll, Waker};
 
+use crate::access::AccessWriter;
 use crate::arriving::{Dormant, Sleeper};
 use crate::bound::Bound;
 use crate::clock;
@@ -54,6 +55,7 @@ pub struct Prepared {
     config: Config,
     plan: Plan,
     polls: Vec<Poll>,
+    access: Option<AccessWriter>,
     registered: BTreeSet<ItemId>,
     offered: Option<Offered>,
 }
@@ -77,16 +79,18 @@ pub(crate) struct Places {
 }
 
 impl Prepared {
-    /// Makes the pollers of the loops.
+    /// Makes the pollers of the loops, and opens the access log.
     ///
     /// # Errors
     ///
-    /// The configuration needs more descriptors than there may be, or the pollers cannot be made.
+    /// The configuration needs more descriptors than there may be, or something cannot be made or opened.
     pub fn new(config: Config) -> Result<Prepared, EngineError> {
         let limit = heirloom::descriptors::limit().try_into().unwrap_or(usize::MAX);
         let plan = Plan::new(&config, limit)?;
         let polls = (0..plan.threads).map(|_| Poll::new()).collect::<io::Result<_>>()?;
-        Ok(Prepared { config, plan, polls, registered: BTreeSet::new(), offered: None })
+        let access = config.access_log.as_ref();
+        let access = without_signals(|| Ok(access.map(AccessWriter::open).transpose()))??;
+        Ok(Prepared { config, plan, polls, access, registered: BTreeSet::new(), offered: None })
     }
 
     /// Whether what somebody would hand over could be gone on with, and all addresses had; for a preflight.
@@ -182,15 +186,15 @@ impl Prepared {
             keys: Keys::from(ItemId::FIRST),
             gate: Gate::closed(),
             loops: posts.collect::<io::Result<_>>()?,
+            access: self.access.take(),
         });
         let loops = self.spawn(&shared)?;
         self.offered = Some(Offered { shared, loops, bound, doors, sleepers, places, state });
         Ok(())
     }
 
-    /// Starts the threads, which wait behind the gate. Signals are for the thread that serves the control socket.
+    /// Starts the threads, which wait behind the gate.
     fn spawn(&mut self, shared: &Arc<Shared>) -> io::Result<Vec<Arc<Mutex<EventLoop>>>> {
-        let mask = SignalMask::block_all()?;
         let spawned = mem::take(&mut self.polls).into_iter().enumerate().map(|(number, poll)| {
             let registry = poll.registry().try_clone()?;
             let state = EventLoop::new(number, Arc::clone(shared), registry, self.plan.pipes);
@@ -200,8 +204,7 @@ impl Prepared {
             thread::Builder::new().name(format!("loop {number}")).spawn(run)?;
             Ok(state)
         });
-        let loops = spawned.collect::<io::Result<_>>();
-        mask.set()?;
+        let loops = without_signals(|| spawned.collect());
         if loops.is_err() {
             shared.gate.abandon();
         }
@@ -341,6 +344,15 @@ impl Table {
         self.listeners[state.listener].open.remove();
         state.backend.iter().for_each(|&backend| self.backends[backend].open.remove());
     }
+}
+
+/// Starts threads that get no signals: these are for the thread that serves the control socket, and wait there while the program
+/// becomes another in its place.
+fn without_signals<T>(start: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let mask = SignalMask::block_all()?;
+    let started = start();
+    mask.set()?;
+    started
 }
 
 /// Ends a listener that is no longer configured: those who wait in its queue are reset, as they would be if it had ended before.

@@ -3,14 +3,16 @@
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use mio::Waker;
 
-use crate::clock::Time;
+use crate::access::{AccessRecord, AccessWriter, End};
+use crate::clock::{Time, unix_ms};
 use crate::connection::{Connection, How};
 use crate::gate::Gate;
 use crate::handover::{ServiceState, TrafficState};
-use crate::id::{Key, Keys};
+use crate::id::{Key, Keys, Side};
 use crate::prepared::Places;
 use crate::report::{BackendReport, ListenerReport, Report};
 use crate::table::Table;
@@ -20,6 +22,7 @@ pub(crate) struct Shared {
     pub(crate) keys: Keys,
     pub(crate) gate: Gate,
     pub(crate) loops: Vec<Post>,
+    pub(crate) access: Option<AccessWriter>,
 }
 
 /// How a loop is reached by others.
@@ -69,7 +72,29 @@ impl fmt::Debug for Shared {
 
 impl Shared {
     /// A connection has ended.
-    pub(crate) fn note_end(&self, _connection: &Connection, _how: How, _now: Time) {}
+    pub(crate) fn note_end(&self, connection: &Connection, how: How, now: Time) {
+        let Some(access) = &self.access else { return };
+        let span = |from: Time, to: Time| Duration::from_nanos(to.saturating_sub(from));
+        access.submit(AccessRecord {
+            unix_ms: unix_ms(),
+            client: connection.from.map_or_else(|| "-".into(), |from| from.to_string()),
+            listener: Arc::clone(&self.table.listeners[connection.listener].name),
+            backend: connection.backend.map(|at| Arc::clone(&self.table.backends[at].name)),
+            end: match how {
+                How::Closed => End::Closed,
+                How::Failed(Side::Client) => End::ClientReset,
+                How::Failed(Side::Backend) => End::BackendReset,
+                How::Idle => End::Idle,
+                How::Drained => End::Drained,
+                How::Refused => End::Refused,
+                How::Stopped => End::Stopped,
+            },
+            from_client: connection.up.moved,
+            from_backend: connection.down.moved,
+            connect: connection.connected.map(|at| span(connection.accepted, at)),
+            duration: span(connection.accepted, now),
+        });
+    }
 
     /// Goes on counting where the incumbent has ended.
     pub(crate) fn go_on_counting(&self, places: &Places, state: &ServiceState) {
@@ -87,7 +112,7 @@ impl Shared {
         let listeners = table.listeners.iter().map(|listener| {
             let traffic = TrafficState::of(&listener.traffic);
             ListenerReport {
-                name: listener.name.clone(),
+                name: listener.name.as_ref().into(),
                 address: listener.bound(),
                 pool: listener.pool.map(|pool| table.pools[pool].name.clone()),
                 connections: listener.open.now(),
@@ -102,7 +127,7 @@ impl Shared {
             let traffic = TrafficState::of(&backend.traffic);
             BackendReport {
                 pool: backend.pool.clone(),
-                name: backend.name.clone(),
+                name: backend.name.as_ref().into(),
                 address: backend.address.clone(),
                 configured: backend.place.is_some(),
                 connections: backend.open.now(),

@@ -3,8 +3,8 @@
 //! What is configured does not change in the life of a process: a reload is another process. What is no longer configured has its
 //! place here as well, as long as connections belong to it.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::address::Place;
 use crate::clock::{Time, nanoseconds};
@@ -93,7 +93,7 @@ impl Traffic {
 /// A listener, configured or not.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    pub(crate) name: String,
+    pub(crate) name: Arc<str>,
     /// As it was written.
     pub(crate) address: String,
     /// Where it goes to. `None`: it is no longer configured.
@@ -122,7 +122,7 @@ pub(crate) struct Pool {
 #[derive(Debug)]
 pub(crate) struct Backend {
     pub(crate) pool: String,
-    pub(crate) name: String,
+    pub(crate) name: Arc<str>,
     pub(crate) address: String,
     /// `None`: it is no longer configured.
     pub(crate) place: Option<Place>,
@@ -140,7 +140,7 @@ impl Table {
                 let first = backends.len();
                 backends.extend(pool.backends.iter().map(|backend| Backend {
                     pool: pool.name.clone(),
-                    name: backend.name.clone(),
+                    name: backend.name.as_str().into(),
                     address: backend.address.text().into(),
                     place: Some(backend.address.place().clone()),
                     open: Gauge::new(backend.max_connections),
@@ -161,7 +161,7 @@ impl Table {
             .listeners
             .iter()
             .map(|listener| Listener {
-                name: listener.name.clone(),
+                name: listener.name.as_str().into(),
                 address: listener.address.text().into(),
                 pool: Some(listener.pool),
                 idle: listener.idle_timeout.map(nanoseconds),
@@ -182,7 +182,7 @@ impl Table {
 
     /// The place of a listener that a predecessor had; a new one if it is not configured.
     pub(crate) fn listener(&mut self, name: &str, address: &str) -> usize {
-        let known = self.listeners.iter().position(|listener| listener.name == name);
+        let known = self.listeners.iter().position(|listener| &*listener.name == name);
         known.unwrap_or_else(|| {
             self.listeners.push(Listener {
                 name: name.into(),
@@ -202,7 +202,7 @@ impl Table {
         let known = self
             .backends
             .iter()
-            .position(|backend| backend.pool == pool && backend.name == name && backend.address == address);
+            .position(|backend| backend.pool == pool && &*backend.name == name && backend.address == address);
         known.unwrap_or_else(|| {
             self.backends.push(Backend {
                 pool: pool.into(),

@@ -254,6 +254,7 @@ mod messages {
                         takeover_running: running,
                         last_takeover: last,
                         supervised,
+                        application: (numbers[0] % 2 == 0).then(|| numbers[1].into()),
                     }
                 },
             )

@@ -2,6 +2,7 @@
 
 mod args;
 mod check;
+pub(crate) mod report;
 mod serve;
 mod server;
 

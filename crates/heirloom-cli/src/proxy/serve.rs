@@ -12,8 +12,8 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::signals::{Hangup, Signals};
 
-/// The only schema of what a proxy hands over: older and newer ones read it.
-const SERVICE: &str = "proxy";
+/// What a proxy is called at its control socket, whatever it is configured to do: that may change.
+pub(super) const SERVICE: &str = "proxy";
 
 /// Runs until the proxy is replaced, stopped, or fails.
 pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {

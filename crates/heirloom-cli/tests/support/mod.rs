@@ -1,10 +1,13 @@
 //! What the tests of the program share: processes that are captured and never left behind, and waiting for conditions.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod builds;
 pub(crate) mod ears;
+pub(crate) mod echo;
 pub(crate) mod generations;
 pub(crate) mod guests;
 pub(crate) mod proc;
+pub(crate) mod proxy;
 pub(crate) mod random;
 pub(crate) mod supervised;
 pub(crate) mod systemd;

@@ -216,6 +216,11 @@ pub(crate) fn signal(pid: u32, signal: Signal) {
     kill_process(pid, signal).expect("kill");
 }
 
+/// How many threads a process has.
+pub(crate) fn threads(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/task")).expect("its threads").count()
+}
+
 /// How long it has run on a processor, in nanoseconds.
 pub(crate) fn time_running(pid: u32) -> u64 {
     let stat = read(pid, "schedstat");

@@ -94,6 +94,8 @@ fn access_log(mut table: Table<'_>) -> Result<AccessLog, Wrong> {
         path if path.is_empty() => Err("is empty: leave it out for stdout".to_owned()),
         path => Ok(PathBuf::from(path)),
     })?;
+    // As in the option --access-log.
+    let path = path.filter(|path| path != Path::new("-"));
     let format = table.take("format", values::format)?.unwrap_or_default();
     table.finish()?;
     Ok(AccessLog { path, format })

@@ -21,6 +21,15 @@ pub use error::ConfigError;
 pub use simple::Simple;
 
 /// A whole configuration.
+///
+/// ```
+/// # use heirloom_proxy::config::Config;
+/// let text = "max_connections = 100\n[[listener]]\nlisten = ':80'\nto = ['127.0.0.1:8080']";
+/// let config = Config::parse(text, "web.toml")?;
+/// assert_eq!(config.max_connections, Some(100));
+/// assert_eq!(config.threads, None);
+/// # Ok::<(), heirloom_proxy::config::ConfigError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// How many event loops; by default as many as there are processors for this process.
@@ -57,7 +66,8 @@ impl Config {
         let unused = self.pools.iter().enumerate().filter(|(index, _)| !used(*index));
         let unused = unused.map(|(_, pool)| format!("no listener uses the pool {:?}", pool.name));
         let to_itself = self.listeners.iter().filter(|listener| {
-            let backends = &self.pools[listener.pool].backends;
+            let backends =
+                self.pools.get(listener.pool).map(|pool| pool.backends.as_slice()).unwrap_or_default();
             backends.iter().any(|backend| backend.address.place() == listener.address.place())
         });
         let to_itself = to_itself.map(|listener| {
@@ -71,6 +81,16 @@ impl Config {
 }
 
 /// Where connections are accepted.
+///
+/// ```
+/// # use heirloom_proxy::config::Config;
+/// let text = "[[listener]]\nlisten = 'unix:/run/front.sock'\nmode = '0660'\nto = ['127.0.0.1:8080']";
+/// let config = Config::parse(text, "web.toml")?;
+/// let listener = &config.listeners[0];
+/// assert_eq!((listener.name.as_str(), listener.mode), ("unix:/run/front.sock", Some(0o660)));
+/// assert_eq!(config.pools[listener.pool].name, listener.name);
+/// # Ok::<(), heirloom_proxy::config::ConfigError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Listener {
     /// What it is called in status and logs; unique.
@@ -94,6 +114,22 @@ pub struct Listener {
 }
 
 /// Backends among which a listener's connections are spread.
+///
+/// ```
+/// # use heirloom_proxy::config::{Balance, Config};
+/// let text = "
+///     [[listener]]
+///     listen = ':80'
+///     pool = 'app'
+///     [pool.app]
+///     balance = 'least-connections'
+///     backends = ['127.0.0.1:8080', '127.0.0.1:8081']
+/// ";
+/// let pool = &Config::parse(text, "web.toml")?.pools[0];
+/// assert_eq!((pool.name.as_str(), pool.balance), ("app", Balance::LeastConnections));
+/// assert_eq!(pool.retries, 1); // there is one other backend
+/// # Ok::<(), heirloom_proxy::config::ConfigError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pool {
     /// What it is called in status and logs; unique.
@@ -122,6 +158,14 @@ impl Pool {
 }
 
 /// Where connections are passed on to.
+///
+/// ```
+/// # use heirloom_proxy::config::Config;
+/// let text = "[[listener]]\nlisten = ':80'\nto = [{ address = '127.0.0.1:8080', name = 'small', max_connections = 10 }]";
+/// let backend = &Config::parse(text, "web.toml")?.pools[0].backends[0];
+/// assert_eq!((backend.name.as_str(), backend.max_connections), ("small", Some(10)));
+/// # Ok::<(), heirloom_proxy::config::ConfigError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Backend {
     /// What it is called in status and logs; unique in its pool.
@@ -133,6 +177,12 @@ pub struct Backend {
 }
 
 /// Which backend gets the next connection.
+///
+/// ```
+/// use heirloom_proxy::config::Balance;
+///
+/// assert_eq!(Balance::default(), Balance::RoundRobin);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Balance {
     /// Each in turn.
@@ -143,6 +193,14 @@ pub enum Balance {
 }
 
 /// Where and how it is written down which connections there were.
+///
+/// ```
+/// # use heirloom_proxy::config::{AccessFormat, AccessLog, Config};
+/// let text = "[access_log]\nformat = 'json'\n[[listener]]\nlisten = ':80'\nto = ['127.0.0.1:8080']";
+/// let log = Config::parse(text, "web.toml")?.access_log;
+/// assert_eq!(log, Some(AccessLog { path: None, format: AccessFormat::Json }));
+/// # Ok::<(), heirloom_proxy::config::ConfigError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct AccessLog {
     /// The file, to which is appended; `None`: stdout.
@@ -152,6 +210,12 @@ pub struct AccessLog {
 }
 
 /// How a line of the access log is written.
+///
+/// ```
+/// use heirloom_proxy::config::AccessFormat;
+///
+/// assert_eq!(AccessFormat::default(), AccessFormat::Text);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AccessFormat {
     /// For people.

@@ -125,8 +125,11 @@ fn little_needs_to_be_said() {
     assert_eq!((pool.connect_timeout, pool.retries), (Duration::from_secs(5), 1));
     assert_eq!((pool.keepalive, pool.nodelay), (Some(Duration::from_secs(60)), true));
 
-    let stdout = parse("[access_log]\n[[listener]]\nlisten = ':80'\nto = ['127.0.0.1:81']").unwrap();
-    assert_eq!(stdout.access_log, Some(AccessLog { path: None, format: AccessFormat::Text }));
+    for stdout in ["", "path = '-'"] {
+        let text = format!("[access_log]\n{stdout}\n[[listener]]\nlisten = ':80'\nto = ['127.0.0.1:81']");
+        let log = parse(&text).unwrap().access_log;
+        assert_eq!(log, Some(AccessLog { path: None, format: AccessFormat::Text }), "{stdout}");
+    }
 }
 
 #[test]
@@ -315,6 +318,28 @@ fn what_is_wrong_with_the_whole_is_said_too() {
     ] {
         let error = parse(text).unwrap_err().to_string();
         assert!(error.starts_with(position) && error.contains(says), "{text}\n{error}");
+    }
+}
+
+#[test]
+fn every_key_is_documented() {
+    let page = include_str!("../../../../../docs/proxy.md");
+    for (text, keys) in [
+        ("zzzzzz = 1", 6),
+        ("[access_log]\nzzzzzz = 1", 2),
+        ("[[listener]]\nzzzzzz = 1", 13),
+        ("[pool.a]\nzzzzzz = 1", 6),
+        ("[pool.a]\nbackends = [{ zzzzzz = 1 }]", 3),
+    ] {
+        let error = parse(text).unwrap_err().to_string();
+        let (_, known) = error.split_once(": here are ").unwrap();
+        let known: Vec<&str> = known.split('`').skip(1).step_by(2).collect();
+        assert_eq!(known.len(), keys, "{error}");
+        for key in known {
+            // A table's name is in brackets.
+            let shown = [format!("`{key}`"), format!("[{key}"), format!("{key} = ")];
+            assert!(shown.iter().any(|shown| page.contains(shown)), "{key}");
+        }
     }
 }
 
