@@ -310,7 +310,7 @@ impl EventLoop {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         let Some(number) = connection.backend.take() else { return };
         let backend = &shared.table.backends[number];
-        tracing::debug!(backend = &*backend.name, address = backend.address, %error, "cannot connect");
+        tracing::debug!(backend = %backend.name, address = %backend.address, %error, "cannot connect");
         backend.traffic.failed.fetch_add(1, Ordering::Relaxed);
         backend.open.remove();
         connection.tried.push(number);
@@ -435,7 +435,7 @@ impl EventLoop {
                     return;
                 }
                 Err(error) if is_shortage(&error) => {
-                    tracing::warn!(listener = &*listener.name, %error, "cannot accept; clients wait");
+                    tracing::warn!(listener = %listener.name, %error, "cannot accept; clients wait");
                     door.rest(self.now);
                     return;
                 }

@@ -263,7 +263,7 @@ impl Prepared {
                 Ok((socket, kind)) => listening.push((shared.keys.take(), at, socket, kind)),
                 // The address was there when it was bound.
                 Err(error) => {
-                    tracing::error!(listener = listener.name, address = %listener.address, %error, "cannot listen");
+                    tracing::error!(listener = %listener.name, address = %listener.address, %error, "cannot listen");
                 }
             }
         }
@@ -296,7 +296,7 @@ impl Prepared {
         // A new owner, and perhaps a new length of the queue.
         let again = rustix::net::listen(&descriptor, listener.backlog.try_into().unwrap_or(i32::MAX));
         for error in [set, watched, again.map_err(Into::into)].into_iter().filter_map(Result::err) {
-            tracing::error!(listener = listener.name, %error, "cannot set up a listener");
+            tracing::error!(listener = %listener.name, %error, "cannot set up a listener");
         }
         shared.table.listeners[door.listener].set_bound(socket::name(&descriptor, &listener.address));
         state.doors.push(door);

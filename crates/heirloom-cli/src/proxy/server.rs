@@ -62,7 +62,7 @@ impl Server {
             registry.register(&mut SourceFd(&signal.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         }
         for listener in engine.report().listeners.iter().filter(|listener| listener.pool.is_some()) {
-            tracing::info!(listener = listener.name, address = listener.address, "listening");
+            tracing::info!(listener = %listener.name, address = %listener.address, "listening");
         }
         tracing::info!(control = %incumbent.path().display(), "serving");
         Ok(Server { poll, incumbent, engine, signals, supervisor: Supervisor::new() })
