@@ -1,6 +1,6 @@
 //! Reloads and upgrades with very many established connections: what is dropped, what is falsified, and what stays behind.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::process::Process;
 use crate::proxy::Backend;
@@ -30,6 +30,8 @@ struct Account {
     left_behind: usize,
     /// Of reloads, and of upgrades: in how many seconds the process before had ended, or how long was waited for that.
     gone: [Vec<f64>; 2],
+    /// In how many seconds from when the new one served, if it tells.
+    lingered: Vec<f64>,
     /// How many of them had not ended by then.
     stayed: u64,
 }
@@ -63,7 +65,11 @@ pub(super) fn measure(
     for (number, what) in ["reload: old one gone", "upgrade: old one gone"].into_iter().enumerate() {
         compare(case(what), "s", &|account| account.gone[number].clone())?;
     }
-    Ok(())
+    compare(case("from the takeover: old one gone"), "s", &|account| account.lingered.clone())?;
+    // The longest of them.
+    let longest = |values: &[f64]| values.iter().copied().reduce(f64::max).into_iter().collect();
+    compare(case("longest until gone"), "s", &|account| longest(&account.gone.concat()))?;
+    compare(case("longest from the takeover"), "s", &|account| longest(&account.lingered))
 }
 
 fn account(contender: Contender, extent: &Extent) -> anyhow::Result<Account> {
@@ -76,7 +82,13 @@ fn account(contender: Contender, extent: &Extent) -> anyhow::Result<Account> {
     for (cause, gone) in [Cause::Reload, Cause::Upgrade].into_iter().zip(0..) {
         for _ in 0..extent.times {
             match proxy.hand_over(cause, extent.wait)? {
-                HandedOver::In(took) => account.gone[gone].push(took.as_secs_f64()),
+                HandedOver::In(took) => {
+                    let now = SystemTime::now();
+                    account.gone[gone].push(took.as_secs_f64());
+                    let lingered =
+                        proxy.serving_since()?.map(|since| now.duration_since(since).unwrap_or_default());
+                    account.lingered.extend(lingered.map(|time| time.as_secs_f64()));
+                }
                 HandedOver::Not => {
                     account.gone[gone].push(extent.wait.as_secs_f64());
                     account.stayed += 1;

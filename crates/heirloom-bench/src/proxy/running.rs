@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,7 +23,7 @@ const HEED_WITHIN: Duration = Duration::from_secs(1);
 /// How often a reload is asked for: HAProxy misses the signal now and then, when it has just started.
 const MOST_ASKED: u32 = 3;
 /// Between two looks at what processes there are, each of which costs a millisecond.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A proxy that runs until this is dropped.
 pub(crate) struct Running {
@@ -148,7 +148,11 @@ impl Running {
                 false => (self.contender.processes(self.threads) - 1, START_WITHIN),
             };
             let mut times = 1;
-            while self.newcomers(&before)?.len() < newcomers {
+            loop {
+                std::thread::sleep(LOOK_EVERY);
+                if self.newcomers(&before)?.len() >= newcomers {
+                    break;
+                }
                 if asked.elapsed() > within {
                     if upgrades_master {
                         return Ok(HandedOver::Ignored);
@@ -156,12 +160,14 @@ impl Running {
                     if times == MOST_ASKED {
                         bail!("{} starts no successor: {}", self.contender.name(), self.said());
                     }
-                    eprintln!("{} has not heeded a request to reload: it is asked again", self.contender.name());
+                    eprintln!(
+                        "{} has not heeded a request to reload: it is asked again",
+                        self.contender.name()
+                    );
                     times += 1;
                     asked = Instant::now();
                     self.ask(cause, master)?;
                 }
-                std::thread::sleep(LOOK_EVERY);
             }
             if upgrades_master {
                 kill_process(master, Signal::QUIT)?;
@@ -175,6 +181,22 @@ impl Running {
         }
         self.current = newcomers;
         Ok(if gone { HandedOver::In(took) } else { HandedOver::Not })
+    }
+
+    /// Since when the one that serves does, if it tells.
+    pub(crate) fn serving_since(&self) -> anyhow::Result<Option<SystemTime>> {
+        if self.contender != Contender::Heirloom {
+            return Ok(None);
+        }
+        let output = Command::new(self.contender.program().map_err(anyhow::Error::msg)?)
+            .args(["status", "--json", "--control"])
+            .arg(control(self.directory.path()))
+            .stdin(Stdio::null())
+            .output()?;
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).context("heirloom status")?;
+        let since =
+            status["serving_since_unix_ms"].as_u64().context("it does not say since when it serves")?;
+        Ok(Some(SystemTime::UNIX_EPOCH + Duration::from_millis(since)))
     }
 
     /// The process that is asked to hand over.
