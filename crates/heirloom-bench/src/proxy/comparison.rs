@@ -76,10 +76,10 @@ impl fmt::Display for Comparison {
     }
 }
 
-/// A number with three digits that tell something, or all that it has before the point.
+/// A number with three digits that tell something, or all that it has before the point. One without a fraction is a count.
 pub(crate) fn brief(number: f64) -> String {
     let digits = match number.abs() {
-        0.0 => 0,
+        whole if whole.fract() == 0.0 => 0,
         small if small < 1.0 => 3,
         small if small < 10.0 => 2,
         small if small < 100.0 => 1,
@@ -94,8 +94,8 @@ mod tests {
 
     #[test]
     fn numbers_are_brief() {
-        let numbers = [0.0, 0.1234, 1.234, -12.34, 123.4, 12345.6].map(brief);
-        assert_eq!(numbers, ["0", "0.123", "1.23", "-12.3", "123", "12346"]);
+        let numbers = [0.0, 2.0, 0.1234, 1.234, -12.34, 123.4, 12345.6].map(brief);
+        assert_eq!(numbers, ["0", "2", "0.123", "1.23", "-12.3", "123", "12346"]);
     }
 
     #[test]
