@@ -92,13 +92,14 @@ pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
 
 impl EventLoop {
     pub(crate) fn new(number: usize, shared: Arc<Shared>, registry: Registry, pipes: usize) -> EventLoop {
+        let pipes = Pipes::new(pipes, shared.loops.len());
         EventLoop {
             number,
             shared,
             registry,
             connections: KeyMap::default(),
             doors: Vec::new(),
-            pipes: Pipes::new(pipes),
+            pipes,
             timers: Default::default(),
             urgent: Vec::new(),
             dormant: None,
