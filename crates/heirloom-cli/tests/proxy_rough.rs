@@ -77,10 +77,7 @@ fn open(proxy: &Proxy) -> u64 {
 #[track_caller]
 fn wait_for_calm(proxy: &Proxy, before: usize) {
     wait_for("no connection", || open(proxy) == 0);
-    wait_for("no descriptor is left over", || {
-        let pipes = proxy.status().application.expect("a proxy's")["pipes"].as_u64().expect("a number");
-        proxy.descriptors() - 2 * pipes as usize <= before
-    });
+    wait_for("no descriptor is left over", || proxy.descriptors() <= before);
 }
 
 #[test]

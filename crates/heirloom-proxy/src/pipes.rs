@@ -11,6 +11,8 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 
 /// How many empty pipes a loop keeps at most.
 const KEPT: usize = 64;
+/// How many there are at least, so that something moves even when all other descriptors are used up by sockets.
+const RESERVE: usize = 2;
 /// How much a wide pipe takes. What is filled at once is acknowledged at once, and acknowledging is much of what a stream
 /// costs: four times what a pipe usually takes makes it a third to a half cheaper.
 const WIDE: usize = 256 * 1024;
@@ -65,7 +67,10 @@ pub(crate) struct Pipes {
 impl Pipes {
     /// Those of one of so many loops.
     pub(crate) fn new(limit: usize, loops: usize) -> Pipes {
-        Pipes { empty: Vec::new(), lent: 0, limit: limit.max(1), wide: WIDE_PIPES / loops.max(1) }
+        let wide = WIDE_PIPES / loops.max(1);
+        let mut pipes = Pipes { empty: Vec::new(), lent: 0, limit: limit.max(RESERVE), wide };
+        pipes.fill_reserve();
+        pipes
     }
 
     /// An empty one, if there may be one more.
@@ -91,6 +96,15 @@ impl Pipes {
     pub(crate) fn discard(&mut self, pipe: Pipe) {
         self.lent -= 1;
         drop(pipe);
+        self.fill_reserve();
+    }
+
+    fn fill_reserve(&mut self) {
+        while self.count() < RESERVE
+            && let Ok(pipe) = Pipe::new(self.count() < self.wide)
+        {
+            self.empty.push(pipe);
+        }
     }
 
     /// One has come with a connection.
@@ -128,9 +142,10 @@ mod tests {
         let again = pipes.take().unwrap();
         assert!(pipes.take().is_none());
         pipes.discard(other);
-        assert_eq!((pipes.lent(), pipes.count()), (1, 1));
+        // In place of the one that is gone there is another.
+        assert_eq!((pipes.lent(), pipes.count()), (1, 2));
         pipes.give(again);
-        assert_eq!((pipes.lent(), pipes.count()), (0, 1));
+        assert_eq!((pipes.lent(), pipes.count()), (0, 2));
     }
 
     #[test]
