@@ -18,15 +18,28 @@ pub(crate) struct Measured {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Figure {
     suite: &'static str,
-    case: String,
+    pub(crate) case: String,
     /// How many times it was measured.
     n: u64,
-    value: f64,
+    pub(crate) value: f64,
     unit: &'static str,
-    /// The same of a minimal loop of the same system calls.
-    floor: f64,
+    /// The same of a minimal loop of the same system calls, or without a proxy. Some things cannot be had without one.
+    pub(crate) floor: Option<f64>,
     /// `value` / `floor`.
-    ratio: f64,
+    ratio: Option<f64>,
+}
+
+impl Figure {
+    pub(crate) fn new(
+        suite: &'static str,
+        case: String,
+        n: u64,
+        value: f64,
+        unit: &'static str,
+        floor: Option<f64>,
+    ) -> Self {
+        Figure { suite, case, n, value, unit, floor, ratio: floor.map(|floor| value / floor) }
+    }
 }
 
 /// In what a figure is given.
@@ -70,23 +83,16 @@ impl Measured {
         PERCENTILES.map(|(name, percent)| {
             let value = percentile(&self.values, percent) as f64 / ns;
             let floor = percentile(&self.floors, percent) as f64 / ns;
-            Figure {
-                suite: self.suite,
-                case: format!("{}, {name}", self.case),
-                n: self.values.len() as u64,
-                value,
-                unit,
-                floor,
-                ratio: value / floor,
-            }
+            let case = format!("{}, {name}", self.case);
+            Figure::new(self.suite, case, self.values.len() as u64, value, unit, Some(floor))
         })
     }
 }
 
 /// The value below which `percent` per cent of the sorted values are; 0 if there are none.
-fn percentile(sorted: &[u64], percent: usize) -> u64 {
+pub(crate) fn percentile<T: Copy + Default>(sorted: &[T], percent: usize) -> T {
     let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
-    sorted.get(at).copied().unwrap_or(0)
+    sorted.get(at).copied().unwrap_or_default()
 }
 
 /// What stands above the lines of a table.
@@ -101,7 +107,8 @@ impl fmt::Display for Measured {
     /// Its line in the table.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [p50, p90, p99, max] = self.figures();
-        let Figure { suite, n, unit, floor, ratio, .. } = &p50;
+        let Figure { suite, n, unit, .. } = &p50;
+        let (floor, ratio) = (p50.floor.unwrap_or_default(), p50.ratio.unwrap_or_default());
         write!(f, "{suite:<9} {:<45} {n:>5} {unit:<2}", self.case)?;
         for figure in [&p50, &p90, &p99, &max] {
             write!(f, " {:>8.0}", figure.value)?;
@@ -121,6 +128,6 @@ mod tests {
         assert_eq!(percentile(&values, 99), 100);
         assert_eq!(percentile(&values, 100), 100);
         assert_eq!(percentile(&[7], 99), 7);
-        assert_eq!(percentile(&[], 50), 0);
+        assert_eq!(percentile::<u64>(&[], 50), 0);
     }
 }

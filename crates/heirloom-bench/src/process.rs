@@ -39,6 +39,11 @@ impl Process {
         Ok(Process { child, hears, says })
     }
 
+    /// Which process it is.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Tells it what to do next.
     pub(crate) fn tell(&mut self, what: &impl Serialize) -> anyhow::Result<()> {
         write_line(self.hears.as_mut().context("its stdin is a pipe")?, what)

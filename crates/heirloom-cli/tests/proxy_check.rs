@@ -75,6 +75,10 @@ backends = ["127.0.0.1:9001"]
         assert!(said.lines().any(|said| said == line), "{line} is not in\n{said}");
     }
     assert!(said.contains("    backend localhost:9001, which is "), "{said}");
+
+    let file = written(&scratch, "[[listener]]\nname = 'all'\nlisten = ':80'\nto = ['127.0.0.1:81']\n");
+    let (said, _) = check(&file, 0);
+    assert!(said.starts_with("listener all at :80, which is [::]:80, to the pool all\n"), "{said}");
 }
 
 #[test]

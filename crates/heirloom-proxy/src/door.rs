@@ -2,18 +2,14 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use heirloom::Kind;
 
-use crate::clock::{Time, nanoseconds};
+use crate::clock::Time;
 use crate::id::Key;
 
 /// How many are accepted in a turn.
 pub(crate) const AT_ONCE: usize = 64;
-/// After a failure (no descriptor is left, for instance).
-const REST: Duration = Duration::from_millis(50);
-
 #[derive(Debug)]
 pub(crate) struct Door {
     pub(crate) key: Key,
@@ -29,10 +25,6 @@ pub(crate) struct Door {
 impl Door {
     pub(crate) fn new(key: Key, listener: usize, socket: OwnedFd, kind: Kind) -> Door {
         Door { key, listener, socket: Arc::new(socket), kind, ready: true, resting: None }
-    }
-
-    pub(crate) fn rest(&mut self, now: Time) {
-        self.resting = Some(now + nanoseconds(REST));
     }
 
     /// Whether to try to accept.

@@ -29,6 +29,8 @@ pub(crate) const WAKE: Token = Token(usize::MAX);
 const EVENTS: usize = 512;
 /// When what nothing tells of is tried again: a full queue of a UNIX socket, descriptors that are used up.
 const AGAIN: Duration = Duration::from_millis(5);
+/// How long nobody is accepted when descriptors are used up: those who are accepted already need some, too.
+const REST: Duration = Duration::from_millis(50);
 /// How many connections that were taken over and have not moved yet are woken in a turn.
 const WOKEN: usize = 64;
 
@@ -92,13 +94,14 @@ pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
 
 impl EventLoop {
     pub(crate) fn new(number: usize, shared: Arc<Shared>, registry: Registry, pipes: usize) -> EventLoop {
+        let pipes = Pipes::new(pipes, shared.loops.len());
         EventLoop {
             number,
             shared,
             registry,
             connections: KeyMap::default(),
             doors: Vec::new(),
-            pipes: Pipes::new(pipes),
+            pipes,
             timers: Default::default(),
             urgent: Vec::new(),
             dormant: None,
@@ -220,7 +223,13 @@ impl EventLoop {
         match next {
             Next::Wait => {}
             Next::Again => self.queue(key),
-            Next::Starve => self.starving.push_back(key),
+            Next::Starve => {
+                if self.pipes.lent() < self.pipes.limit() {
+                    // There might be more of them, if there were descriptors.
+                    shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
+                }
+                return self.starving.push_back(key);
+            }
             Next::End(how) => self.end(key, how),
         }
         self.feed();
@@ -296,6 +305,9 @@ impl EventLoop {
                 }
                 Err(error) => error,
             };
+            if is_shortage(&error) {
+                shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
+            }
             if error.kind() == io::ErrorKind::WouldBlock || is_shortage(&error) {
                 let again = connection.until.map(|until| until.min(self.now + nanoseconds(AGAIN)));
                 return self.timers.set(key, &mut connection.timer, again);
@@ -403,6 +415,11 @@ impl EventLoop {
             if !door.wants_turn(self.now) {
                 return;
             }
+            let short_until = shared.short_until.load(Ordering::Relaxed);
+            if short_until > self.now {
+                door.resting = Some(short_until);
+                return;
+            }
             let listener = &table.listeners[door.listener];
             let has_room = |backend: &usize| table.backends[*backend].open.has_room();
             let backends = table.pool(door.listener).map_or(&[][..], |pool| &pool.backends);
@@ -436,8 +453,7 @@ impl EventLoop {
                 }
                 Err(error) if is_shortage(&error) => {
                     tracing::warn!(listener = %listener.name, %error, "cannot accept; clients wait");
-                    door.rest(self.now);
-                    return;
+                    shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
                 }
                 // That one has gone before it was accepted.
                 Err(_) => {}

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::{io, mem};
@@ -187,6 +188,7 @@ impl Prepared {
             gate: Gate::closed(),
             loops: posts.collect::<io::Result<_>>()?,
             access: self.access.take(),
+            short_until: AtomicU64::new(0),
         });
         let loops = self.spawn(&shared)?;
         self.offered = Some(Offered { shared, loops, bound, doors, sleepers, places, state });

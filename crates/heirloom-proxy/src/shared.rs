@@ -1,7 +1,7 @@
 //! What all loops of a proxy share.
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ pub(crate) struct Shared {
     pub(crate) gate: Gate,
     pub(crate) loops: Vec<Post>,
     pub(crate) access: Option<AccessWriter>,
+    /// Until then nobody is accepted: there are no descriptors, and those who are accepted already need them.
+    pub(crate) short_until: AtomicU64,
 }
 
 /// How a loop is reached by others.

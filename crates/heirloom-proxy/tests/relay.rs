@@ -232,3 +232,79 @@ fn unix_sockets_on_both_sides() {
     engine.stop(LONG);
     assert!(!outside.exists());
 }
+
+#[test]
+fn a_backend_that_does_not_accept_in_time_is_passed_over() {
+    // Its queue is full: who comes next is not even answered.
+    let socket =
+        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    rustix::net::listen(&socket, 0).unwrap();
+    let stuck = SocketAddr::try_from(rustix::net::getsockname(&socket).unwrap()).unwrap();
+    let in_queue: Vec<TcpStream> = (0..2)
+        .map_while(|_| TcpStream::connect_timeout(&stuck, std::time::Duration::from_millis(200)).ok())
+        .collect();
+    assert!(!in_queue.is_empty());
+    let engine = fresh(simple(&[stuck, backend(echo)], "connect_timeout = \"100ms\""));
+    for _ in 0..4 {
+        talk(&mut connect(address(&engine)), "hello");
+    }
+    let report = engine.report();
+    assert!(report.backends[0].failed >= 1 && report.backends[1].total_connections == 4, "{report:?}");
+}
+
+#[test]
+fn without_a_pipe_one_waits_and_goes_on_when_there_is_one() {
+    let to = backend(|mut stream| {
+        let mut first = [0; 1];
+        stream.read_exact(&mut first).unwrap();
+        if first == *b"e" {
+            return echo(stream);
+        }
+        // Who goes without reading ends it.
+        let chunk = vec![b'x'; 1 << 20];
+        while stream.write_all(&chunk).is_ok() {}
+    });
+    heirloom::descriptors::raise_limit().unwrap();
+    // As many connections as leave hardly a pipe.
+    let limit = heirloom::descriptors::limit() as usize;
+    let mut config = simple(&[to], "");
+    config.threads = std::num::NonZeroUsize::new(1);
+    config.max_connections = Some((limit - 68 - 2 * 64) / 2);
+    let engine = fresh(config);
+    let pipes = engine.report().max_pipes;
+    assert!((64..80).contains(&pipes), "{pipes}");
+    let mut slow: Vec<TcpStream> = (0..pipes).map(|_| connect(address(&engine))).collect();
+    slow.iter_mut().for_each(|client| client.write_all(b"b").unwrap());
+    wait_until(&engine, "all pipes are in use", |report| report.pipes_in_use == pipes);
+    let mut other = connect(address(&engine));
+    other.write_all(b"e").unwrap();
+    wait_until(&engine, "it is connected", |report| report.connections == pipes + 1);
+    other.set_nonblocking(true).unwrap();
+    assert_eq!(other.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    other.set_nonblocking(false).unwrap();
+    other.write_all(b"cho").unwrap();
+    slow.pop();
+    hear(&mut other, "cho");
+    drop(slow);
+    wait_until(&engine, "the others have ended", |report| report.connections == 1);
+}
+
+#[test]
+fn ipv6_and_all_addresses_of_a_host() {
+    let Ok(listener) = TcpListener::bind("[::1]:0") else {
+        eprintln!("SKIPPED: there is no IPv6");
+        assert!(std::env::var_os("HEIRLOOM_REQUIRE_ALL").is_none());
+        return;
+    };
+    let to = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            thread::spawn(move || echo(stream));
+        }
+    });
+    let engine = fresh(config(&format!("[[listener]]\nlisten = \":0\"\nto = [\"{to}\"]")));
+    let port = address(&engine).port();
+    talk(&mut connect(SocketAddr::from(([127, 0, 0, 1], port))), "over IPv4");
+    talk(&mut connect(SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, port))), "over IPv6");
+}

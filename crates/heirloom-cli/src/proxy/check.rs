@@ -44,10 +44,7 @@ impl Display for Summary<'_> {
 }
 
 fn write_listener(f: &mut Formatter<'_>, listener: &Listener, pool: &Pool) -> fmt::Result {
-    write!(f, "listener {}", listener.name)?;
-    if listener.name != listener.address.text() {
-        write!(f, " at {}", listener.address)?;
-    }
+    write_named(f, "listener", &listener.name, &listener.address)?;
     writeln!(f, ", to the pool {}", pool.name)?;
     let limit = listener.max_connections.map(connections);
     let idle = listener.idle_timeout.map(|idle| format!("idle timeout {}", duration(idle)));
@@ -76,19 +73,24 @@ fn write_pool(f: &mut Formatter<'_>, pool: &Pool) -> fmt::Result {
 }
 
 fn write_backend(f: &mut Formatter<'_>, backend: &Backend) -> fmt::Result {
-    write!(f, "    backend {}", backend.name)?;
-    if backend.name != backend.address.text() {
-        write!(f, " at {}", backend.address)?;
-    }
-    // A name of a host is worth no more than what it means now.
-    let place = backend.address.place().to_string();
-    if place != backend.address.text() {
-        write!(f, ", which is {place}")?;
-    }
+    write_named(f, "    backend", &backend.name, &backend.address)?;
     if let Some(limit) = backend.max_connections {
         write!(f, ", {}", connections(limit))?;
     }
     writeln!(f)
+}
+
+/// What is called so, and where it is; a name of a host is worth no more than what it means now.
+fn write_named(f: &mut Formatter<'_>, what: &str, name: &str, address: &Address) -> fmt::Result {
+    write!(f, "{what} {name}")?;
+    if name != address.text() {
+        write!(f, " at {address}")?;
+    }
+    let place = address.place().to_string();
+    if place != address.text() {
+        write!(f, ", which is {place}")?;
+    }
+    Ok(())
 }
 
 fn write_whole(f: &mut Formatter<'_>, config: &Config) -> fmt::Result {

@@ -233,13 +233,14 @@ pub(crate) fn threads(pid: u32) -> Vec<String> {
     tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok()).collect()
 }
 
-/// How long it has run on a processor, in nanoseconds.
+/// How long its threads have run on a processor, in nanoseconds.
 pub(crate) fn time_running(pid: u32) -> u64 {
-    let stat = read(pid, "schedstat");
-    stat.split_whitespace()
-        .next()
-        .and_then(|first| first.parse().ok())
-        .expect("schedstat begins with a number")
+    let of = |thread: fs::DirEntry| -> Option<u64> {
+        fs::read_to_string(thread.path().join("schedstat")).ok()?.split_whitespace().next()?.parse().ok()
+    };
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
+    // One that ends meanwhile counts for nothing.
+    threads.filter_map(|thread| of(thread.ok()?)).sum()
 }
 
 /// Ends a process, by SIGKILL, if it is one that serves at this control path.

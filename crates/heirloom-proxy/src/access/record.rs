@@ -41,7 +41,7 @@ const LAST_MOMENT: u64 = 253_402_300_799_999;
 pub struct AccessRecord {
     /// When it ended, in milliseconds since 1970.
     pub unix_ms: u64,
-    /// The client's address.
+    /// The client's address; `-` where it has none, as those of UNIX sockets.
     pub client: String,
     /// The name of the listener that accepted it.
     pub listener: Arc<str>,
@@ -69,9 +69,9 @@ pub struct AccessRecord {
 pub enum End {
     /// Both sides were done.
     Closed,
-    /// The client reset it.
+    /// The client reset it, or could not be reached any more.
     ClientReset,
-    /// The backend reset it.
+    /// The backend reset it, or could not be reached any more.
     BackendReset,
     /// Nobody sent anything for the idle timeout.
     Idle,
@@ -81,8 +81,6 @@ pub enum End {
     Refused,
     /// The proxy was stopped.
     Stopped,
-    /// The proxy itself could not go on with it.
-    Failed,
 }
 
 impl End {
@@ -96,7 +94,6 @@ impl End {
             End::Drained => "drained",
             End::Refused => "refused",
             End::Stopped => "stopped",
-            End::Failed => "failed",
         }
     }
 }
@@ -208,9 +205,9 @@ fn milliseconds(duration: Duration) -> f64 {
 mod tests {
     use super::*;
 
-    const ALL: [End; 8] = {
+    const ALL: [End; 7] = {
         use End::*;
-        [Closed, ClientReset, BackendReset, Idle, Drained, Refused, Stopped, Failed]
+        [Closed, ClientReset, BackendReset, Idle, Drained, Refused, Stopped]
     };
 
     fn record() -> AccessRecord {

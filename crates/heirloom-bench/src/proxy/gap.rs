@@ -1,0 +1,98 @@
+//! The longest that a message waits for its answer in a handover, beside the longest in as much time without one.
+
+use std::time::{Duration, Instant};
+
+use crate::process::Process;
+use crate::proxy::Backend;
+use crate::proxy::comparison::Comparison;
+use crate::proxy::contender::Contender;
+use crate::proxy::running::{Cause, Running};
+use crate::proxy::sampling::Task;
+
+const CONNECTIONS: [usize; 4] = [10, 100, 1000, 6000];
+/// How long the end of the process before is waited for: some have none.
+const WAIT: Duration = Duration::from_millis(300);
+/// Around what is sampled.
+const MARGIN: Duration = Duration::from_millis(50);
+
+pub(super) fn measure(
+    contenders: &[Contender],
+    counts: &[usize],
+    quick: bool,
+    mut report: impl FnMut(Comparison) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let (usual, rounds) = if quick { (&CONNECTIONS[..2], 2) } else { (&CONNECTIONS[..], 30) };
+    let counts = if counts.is_empty() { usual } else { counts };
+    for &count in counts {
+        let mut sampled: Vec<Sampled> = contenders
+            .iter()
+            .map(|&contender| Sampled::begin(contender, count))
+            .collect::<anyhow::Result<_>>()?;
+        for round in 0..rounds {
+            for turn in 0..contenders.len() {
+                sampled[(turn + round) % contenders.len()].round()?;
+            }
+        }
+        let mut compare = |what: &str, of: &dyn Fn(&Sampled) -> Vec<f64>| {
+            let columns = sampled.iter().map(|sampled| (sampled.contender.name(), of(sampled))).collect();
+            let plural = if count == 1 { "" } else { "s" };
+            report(Comparison::new("gap", format!("{count} connection{plural}{what}"), "µs", columns))
+        };
+        let longest = |gaps: Vec<f64>| vec![gaps.into_iter().fold(f64::MIN, f64::max)];
+        compare("", &Sampled::added)?;
+        compare(", longest", &|sampled| longest(sampled.added()))?;
+        compare(": with a handover", &|sampled| sampled.with.clone())?;
+        compare(": with a handover, longest", &|sampled| longest(sampled.with.clone()))?;
+        compare(": without", &|sampled| sampled.without.clone())?;
+        compare(": without, longest", &|sampled| longest(sampled.without.clone()))?;
+    }
+    Ok(())
+}
+
+/// A proxy, and what was sampled, in microseconds.
+struct Sampled {
+    contender: Contender,
+    with: Vec<f64>,
+    without: Vec<f64>,
+    clients: Process,
+    proxy: Running,
+    _backend: Backend,
+}
+
+impl Sampled {
+    fn begin(contender: Contender, count: usize) -> anyhow::Result<Sampled> {
+        let backend = Backend::start(None)?;
+        let proxy = Running::start(contender, None, 2, backend.address)?;
+        let mut clients = Process::start(["sampling", &proxy.address().to_string(), &count.to_string()])?;
+        let _: String = clients.said()?;
+        Ok(Sampled { contender, with: Vec::new(), without: Vec::new(), clients, proxy, _backend: backend })
+    }
+
+    /// Once with a handover, and once as long without.
+    fn round(&mut self) -> anyhow::Result<()> {
+        let began = Instant::now();
+        self.clients.tell(&Task::Begin)?;
+        std::thread::sleep(MARGIN);
+        self.proxy.hand_over(Cause::Reload, WAIT)?;
+        std::thread::sleep(MARGIN);
+        let watched = began.elapsed();
+        let with = self.end()?;
+        self.clients.tell(&Task::Begin)?;
+        std::thread::sleep(watched);
+        let without = self.end()?;
+        self.with.push(with);
+        self.without.push(without);
+        Ok(())
+    }
+
+    fn end(&mut self) -> anyhow::Result<f64> {
+        self.clients.tell(&Task::End)?;
+        let nanoseconds: u64 = self.clients.said()?;
+        Ok(nanoseconds as f64 / 1e3)
+    }
+
+    /// By how much each handover made the gap longer.
+    fn added(&self) -> Vec<f64> {
+        self.with.iter().zip(&self.without).map(|(with, without)| with - without).collect()
+    }
+}

@@ -1,0 +1,267 @@
+//! A proxy that runs: its processes, what they use, and how it hands over.
+
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use tempfile::TempDir;
+
+use crate::process::Process;
+use crate::proxy::contender::{Contender, control, nginx_pid};
+use crate::proxy::herd::descendants;
+use crate::proxy::load::{connect, exchange};
+
+/// How long a proxy may take to start, or to start its successor.
+const START_WITHIN: Duration = Duration::from_secs(5);
+/// How long nginx may take to begin with an upgrade; it ignores some requests.
+const HEED_WITHIN: Duration = Duration::from_secs(1);
+/// How often a reload is asked for: HAProxy misses the signal now and then, when it has just started.
+const MOST_ASKED: u32 = 3;
+/// Between two looks at what processes there are, each of which costs a millisecond.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// A proxy that runs until this is dropped.
+pub(crate) struct Running {
+    contender: Contender,
+    threads: usize,
+    address: SocketAddr,
+    keeper: Process,
+    directory: TempDir,
+    /// The processes that serve new connections.
+    current: Vec<Pid>,
+}
+
+/// Why it is to hand over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// A new configuration.
+    Reload,
+    /// A new program.
+    Upgrade,
+}
+
+/// What came of a handover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HandedOver {
+    /// The process before has ended so long after it was asked to hand over.
+    In(Duration),
+    /// It was still there when we stopped to wait.
+    Not,
+    /// Nobody has begun with it.
+    Ignored,
+}
+
+impl Running {
+    /// Starts one in front of a server, and waits until it relays.
+    pub(crate) fn start(
+        contender: Contender,
+        cpu: Option<usize>,
+        threads: usize,
+        to: SocketAddr,
+    ) -> anyhow::Result<Running> {
+        let directory = tempfile::tempdir()?;
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let arguments = contender.configure(directory.path(), address, to, threads)?;
+        let program = contender.program().map_err(anyhow::Error::msg)?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("keeper");
+        if let Some(cpu) = cpu {
+            command.args(["--cpu", &cpu.to_string()]);
+        }
+        command.arg("--log").arg(directory.path().join("out")).arg("--").arg(program).args(arguments);
+        let keeper = Process::start_by(&mut command)?;
+        let mut running = Running { contender, threads, address, keeper, directory, current: Vec::new() };
+        let give_up = Instant::now() + START_WITHIN;
+        while running.current.len() != contender.processes(threads) || !answers(address) {
+            if Instant::now() > give_up {
+                bail!("{} does not start: {}", contender.name(), running.said());
+            }
+            std::thread::sleep(LOOK_EVERY);
+            running.current = running.processes()?;
+        }
+        Ok(running)
+    }
+
+    /// Where it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// All its processes, the eldest first.
+    pub(crate) fn processes(&self) -> anyhow::Result<Vec<Pid>> {
+        descendants(self.keeper.id())
+    }
+
+    /// The processor time that they have used, in nanoseconds.
+    pub(crate) fn processor_time(&self) -> anyhow::Result<u64> {
+        let mut all = 0;
+        for process in self.processes()? {
+            for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
+                let schedule = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+                all += schedule.split(' ').next().unwrap_or("").parse::<u64>()?;
+            }
+        }
+        Ok(all)
+    }
+
+    /// The memory that they have for themselves, and their share of what they have in common, in bytes. What the kernel keeps
+    /// for their sockets is not in it.
+    pub(crate) fn memory(&self) -> anyhow::Result<u64> {
+        let mut all = 0;
+        for process in self.processes()? {
+            let rollup = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
+            let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
+            all += line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024;
+        }
+        Ok(all)
+    }
+
+    /// How many processes it has beyond those that it takes to serve.
+    pub(crate) fn left_behind(&self) -> anyhow::Result<usize> {
+        Ok(self.processes()?.len().saturating_sub(self.contender.processes(self.threads)))
+    }
+
+    /// Has it hand over, and waits as long for the end of the process before.
+    pub(crate) fn hand_over(&mut self, cause: Cause, at_most: Duration) -> anyhow::Result<HandedOver> {
+        let before = self.processes()?;
+        let master = self.master(&before)?;
+        let upgrades_master = cause == Cause::Upgrade && self.contender.is_nginx();
+        let leaving: Vec<OwnedFd> = match self.contender {
+            Contender::Heirloom => before.clone(),
+            _ if upgrades_master => self.current.clone(),
+            // The master stays.
+            _ => self.current.iter().copied().filter(|&process| process != master).collect(),
+        }
+        .into_iter()
+        .filter_map(|process| pidfd_open(process, PidfdFlags::empty()).ok())
+        .collect();
+        let mut asked = Instant::now();
+        self.ask(cause, master)?;
+        if self.contender != Contender::Heirloom {
+            let (newcomers, within) = match upgrades_master {
+                true => (self.contender.processes(self.threads), HEED_WITHIN),
+                false => (self.contender.processes(self.threads) - 1, START_WITHIN),
+            };
+            let mut times = 1;
+            loop {
+                std::thread::sleep(LOOK_EVERY);
+                if self.newcomers(&before)?.len() >= newcomers {
+                    break;
+                }
+                if asked.elapsed() > within {
+                    if upgrades_master {
+                        return Ok(HandedOver::Ignored);
+                    }
+                    if times == MOST_ASKED {
+                        bail!("{} starts no successor: {}", self.contender.name(), self.said());
+                    }
+                    eprintln!(
+                        "{} has not heeded a request to reload: it is asked again",
+                        self.contender.name()
+                    );
+                    times += 1;
+                    asked = Instant::now();
+                    self.ask(cause, master)?;
+                }
+            }
+            if upgrades_master {
+                kill_process(master, Signal::QUIT)?;
+            }
+        }
+        let gone = all_end(&leaving, at_most.saturating_sub(asked.elapsed()))?;
+        let took = asked.elapsed();
+        let newcomers = self.newcomers(&before)?;
+        if newcomers.is_empty() {
+            bail!("{} has not handed over: {}", self.contender.name(), self.said());
+        }
+        self.current = newcomers;
+        Ok(if gone { HandedOver::In(took) } else { HandedOver::Not })
+    }
+
+    /// Since when the one that serves does, if it tells.
+    pub(crate) fn serving_since(&self) -> anyhow::Result<Option<SystemTime>> {
+        if self.contender != Contender::Heirloom {
+            return Ok(None);
+        }
+        let output = Command::new(self.contender.program().map_err(anyhow::Error::msg)?)
+            .args(["status", "--json", "--control"])
+            .arg(control(self.directory.path()))
+            .stdin(Stdio::null())
+            .output()?;
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).context("heirloom status")?;
+        let since =
+            status["serving_since_unix_ms"].as_u64().context("it does not say since when it serves")?;
+        Ok(Some(SystemTime::UNIX_EPOCH + Duration::from_millis(since)))
+    }
+
+    /// The process that is asked to hand over.
+    fn master(&self, processes: &[Pid]) -> anyhow::Result<Pid> {
+        if self.contender.is_nginx() {
+            let pid = std::fs::read_to_string(nginx_pid(self.directory.path()))?;
+            return Pid::from_raw(pid.trim().parse()?).context("nginx has no process");
+        }
+        processes
+            .first()
+            .copied()
+            .with_context(|| format!("{} has ended: {}", self.contender.name(), self.said()))
+    }
+
+    fn ask(&self, cause: Cause, master: Pid) -> anyhow::Result<()> {
+        match (self.contender, cause) {
+            (Contender::Heirloom, Cause::Upgrade) => {
+                let status = Command::new(self.contender.program().map_err(anyhow::Error::msg)?)
+                    .args(["upgrade", "--control"])
+                    .arg(control(self.directory.path()))
+                    .stdin(Stdio::null())
+                    .stdout(Stdio::null())
+                    .status()?;
+                if !status.success() {
+                    bail!("heirloom upgrade: {status}: {}", self.said());
+                }
+            }
+            (Contender::Heirloom, Cause::Reload) => kill_process(master, Signal::HUP)?,
+            // It executes itself anew in both cases.
+            (Contender::Haproxy | Contender::HaproxySplice, _) => kill_process(master, Signal::USR2)?,
+            (Contender::Nginx | Contender::NginxLarge, Cause::Reload) => kill_process(master, Signal::HUP)?,
+            (Contender::Nginx | Contender::NginxLarge, Cause::Upgrade) => kill_process(master, Signal::USR2)?,
+        }
+        Ok(())
+    }
+
+    fn newcomers(&self, before: &[Pid]) -> anyhow::Result<Vec<Pid>> {
+        let mut now = self.processes()?;
+        now.retain(|process| !before.contains(process));
+        Ok(now)
+    }
+
+    /// The end of what it has said.
+    fn said(&self) -> String {
+        let read =
+            |name: &str| std::fs::read_to_string(Path::join(self.directory.path(), name)).unwrap_or_default();
+        let all = read("out") + &read("log");
+        let lines: Vec<&str> = all.lines().collect();
+        lines[lines.len().saturating_sub(10)..].join("\n")
+    }
+}
+
+/// Whether a message comes back.
+fn answers(address: SocketAddr) -> bool {
+    connect(address).is_ok_and(|connection| exchange(&connection).is_ok())
+}
+
+/// Whether all of these processes have ended, or do within this time.
+fn all_end(processes: &[OwnedFd], within: Duration) -> anyhow::Result<bool> {
+    let give_up = Instant::now() + within;
+    for process in processes {
+        let left = Timespec::try_from(give_up.saturating_duration_since(Instant::now()))?;
+        if poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&left))? == 0 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
