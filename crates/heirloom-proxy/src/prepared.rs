@@ -37,7 +37,8 @@ use crate::shared::{Post, Shared};
 use crate::socket::{self, TcpOptions, set_inherited};
 use crate::table::Table;
 
-/// See the [module](self).
+/// A proxy that does not serve yet: all that costs time is done in it while an incumbent still serves. It touches nothing of what is
+/// handed over; dropped, it leaves nothing behind.
 ///
 /// ```
 /// use heirloom::Bundle;
