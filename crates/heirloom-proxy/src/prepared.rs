@@ -60,6 +60,7 @@ pub struct Prepared {
     polls: Vec<Poll>,
     access: Option<AccessWriter>,
     registered: BTreeSet<ItemId>,
+    homes: Homes,
     offered: Option<Offered>,
 }
 
@@ -73,6 +74,17 @@ struct Offered {
     sleepers: Vec<KeyMap<Sleeper>>,
     places: Places,
     state: ServiceState,
+}
+
+/// Which loop each connection goes to: as many to each.
+#[derive(Default)]
+struct Homes(KeyMap<usize>);
+
+impl Homes {
+    fn of(&mut self, key: Key, loops: usize) -> usize {
+        let next = self.0.len() % loops;
+        *self.0.entry(key).or_insert(next)
+    }
 }
 
 /// Where the incumbent's listeners and backends are in our table.
@@ -93,7 +105,15 @@ impl Prepared {
         let polls = (0..plan.threads).map(|_| Poll::new()).collect::<io::Result<_>>()?;
         let access = config.access_log.as_ref();
         let access = without_signals(|| Ok(access.map(AccessWriter::open).transpose()))??;
-        Ok(Prepared { config, plan, polls, access, registered: BTreeSet::new(), offered: None })
+        Ok(Prepared {
+            config,
+            plan,
+            polls,
+            access,
+            registered: BTreeSet::new(),
+            homes: Homes::default(),
+            offered: None,
+        })
     }
 
     /// Whether what somebody would hand over could be gone on with, and all addresses had; for a preflight.
@@ -114,7 +134,7 @@ impl Prepared {
         if ![CLIENT, BACKEND].contains(&entry.name.as_str()) {
             return Ok(());
         }
-        let poll = &self.polls[Key::of(entry.id).spread(self.polls.len())];
+        let poll = &self.polls[self.homes.of(Key::of(entry.id), self.polls.len())];
         register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
         self.registered.insert(entry.id);
         Ok(())
@@ -174,7 +194,7 @@ impl Prepared {
                 let registered = sockets.into_iter().flatten().all(|id| self.registered.contains(&id));
                 table.count(&state);
                 let sleeper = Sleeper { state, registered, urgent: false };
-                sleepers[key.spread(self.polls.len())].insert(key, sleeper);
+                sleepers[self.homes.of(key, self.polls.len())].insert(key, sleeper);
             }
         }
         for (id, address) in otherwise_written {
@@ -241,7 +261,7 @@ impl Prepared {
         }
         for id in changes.ended.iter().chain(&changes.changed) {
             let key = Key::of(*id);
-            if let Some(sleeper) = offered.sleepers[key.spread(count)].remove(&key) {
+            if let Some(sleeper) = offered.sleepers[self.homes.of(key, count)].remove(&key) {
                 table.discount(&sleeper.state);
             }
         }
@@ -251,7 +271,7 @@ impl Prepared {
             table.count(&state);
             let (key, registered) = (Key::of(*id), self.registered.contains(id));
             let sleeper = Sleeper { state, registered, urgent: true };
-            offered.sleepers[key.spread(count)].insert(key, sleeper);
+            offered.sleepers[self.homes.of(key, count)].insert(key, sleeper);
         }
         Ok(())
     }

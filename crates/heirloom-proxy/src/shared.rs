@@ -143,6 +143,7 @@ impl Shared {
         Report {
             threads: self.loops.len(),
             connections: table.open.now(),
+            connections_of_loops: self.loops.iter().map(|post| post.load.load(Ordering::Relaxed)).collect(),
             max_connections: table.open.most().unwrap_or_default(),
             listeners: listeners.filter(|one| one.pool.is_some() || one.connections > 0).collect(),
             backends: backends.filter(|one| one.configured || one.connections > 0).collect(),

@@ -342,3 +342,22 @@ fn a_backend_that_reads_no_more_is_heard_to_its_end() {
     wait_until(&engine, "it has ended", |report| report.connections == 0);
     assert_eq!(engine.report().listeners[0].down_bytes, expected.len() as u64);
 }
+
+#[test]
+fn loops_have_as_many_connections_each() {
+    let mut config = simple(&[backend(echo)], "");
+    config.threads = std::num::NonZeroUsize::new(3);
+    let engine = fresh(config);
+    let mut clients: Vec<TcpStream> = (0..90).map(|_| connect(address(&engine))).collect();
+    clients.iter_mut().for_each(|client| talk(client, "hello"));
+    let balanced = |count: usize| {
+        move |report: &heirloom_proxy::Report| {
+            let of_loops = &report.connections_of_loops;
+            of_loops.iter().sum::<usize>() == count && of_loops.iter().all(|of| of.abs_diff(count / 3) <= 2)
+        }
+    };
+    wait_until(&engine, "each has 30", balanced(90));
+    let engine = hand_over(engine, simple(&[backend(echo)], ""), || {});
+    assert_eq!(engine.report().connections_of_loops, [45, 45]);
+    clients.iter_mut().for_each(|client| talk(client, "hello"));
+}
