@@ -18,6 +18,7 @@ use heirloom_sys::SignalMask;
 use mio::{Interest, Poll, Waker};
 
 use crate::access::AccessWriter;
+use crate::address::Address;
 use crate::arriving::{Dormant, Sleeper};
 use crate::bound::Bound;
 use crate::clock;
@@ -191,6 +192,7 @@ impl Prepared {
                 .collect(),
         };
         let mut doors = BTreeMap::new();
+        let mut otherwise_written = Vec::new();
         let mut free: BTreeSet<usize> = (0..self.config.listeners.len()).collect();
         let mut sleepers: Vec<KeyMap<Sleeper>> = self.polls.iter().map(|_| KeyMap::default()).collect();
         for entry in entries {
@@ -201,6 +203,8 @@ impl Prepared {
                 let ours = free.iter().copied().find(same);
                 if let Some(at) = ours {
                     free.remove(&at);
+                } else if let Some(address) = address {
+                    otherwise_written.push((entry.id, address));
                 }
                 doors.insert(entry.id, ours);
             } else if entry.name == CLIENT {
@@ -211,6 +215,15 @@ impl Prepared {
                 table.count(&state);
                 let sleeper = Sleeper { state, registered, urgent: false };
                 sleepers[self.homes.of(key, self.polls.len())].insert(key, sleeper);
+            }
+        }
+        for (id, address) in otherwise_written {
+            // `localhost:80` is where `127.0.0.1:80` was: it could not be bound.
+            let Ok(address) = Address::to_listen(address) else { continue };
+            let same = |at: &usize| self.config.listeners[*at].address.place() == address.place();
+            if let Some(at) = free.iter().copied().find(same) {
+                free.remove(&at);
+                doors.insert(id, Some(at));
             }
         }
         let bind = |at: usize| {
