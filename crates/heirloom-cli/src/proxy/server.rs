@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -69,7 +70,8 @@ impl Server {
             tracing::info!(listener = %listener.name, address = %listener.address, "listening");
         }
         tracing::info!(control = %incumbent.path().display(), "serving");
-        Ok(Server { poll, incumbent, engine, signals, supervisor: Supervisor::new() })
+        let supervisor = Supervisor::new(incumbent.path());
+        Ok(Server { poll, incumbent, engine, signals, supervisor })
     }
 
     /// Serves until the proxy is replaced, stopped, or fails.
@@ -207,7 +209,7 @@ impl Server {
 }
 
 impl Supervisor {
-    fn new() -> Supervisor {
+    fn new(control: &Path) -> Supervisor {
         let notifier = Notifier::from_environment().unwrap_or_else(|error| {
             tracing::warn!(%error, "cannot speak to the supervisor");
             None
@@ -218,6 +220,8 @@ impl Supervisor {
             reloads: Reloads::default(),
             watchdog: watchdog.map(|every| (every, Instant::now())),
         };
+        // `heirloom run` then starts the next one beside this one.
+        supervisor.tell(Message::new().assign("X_HEIRLOOM_CONTROL", control.display()));
         supervisor.tell(Message::new().ready().main_pid(std::process::id()));
         supervisor
     }
