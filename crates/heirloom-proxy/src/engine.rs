@@ -1,24 +1,20 @@
 //! A proxy that serves: its loops, and how everything in them is handed over.
 
 use std::collections::BTreeMap;
-use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use heirloom::ItemId;
 use heirloom::manifest::{Base, Change, Delta};
-use heirloom::{ItemId, Kind};
 
 use crate::clock;
 use crate::config::Config;
-use crate::connection::{How, Stage};
 use crate::event_loop::EventLoop;
 use crate::handover::{Items, Lent, ServiceState, Snapshot, TrafficState, door_item, encode};
-use crate::id::Key;
 use crate::rates::Rates;
 use crate::report::Report;
 use crate::shared::Shared;
-use crate::socket;
 
 /// A proxy that serves in threads of its own. Dropped, it stops: the threads end, nothing is passed on any more, and no connection
 /// is shut down; they end with the process, unless a successor has them.
@@ -249,57 +245,6 @@ impl Frozen<'_> {
         shared.gate.open();
         // Of what was put back into a loop nothing tells.
         shared.loops.iter().for_each(|post| drop(post.waker.wake()));
-    }
-}
-
-impl EventLoop {
-    /// Begins to keep account, and shows what there is. A connection that is not relayed yet is handed over at the freeze.
-    fn lend(&mut self, snapshots: &mut Vec<Snapshot>) {
-        self.wake_all();
-        self.lending = true;
-        self.touched.clear();
-        self.ended.clear();
-        for (&key, connection) in &mut self.connections {
-            connection.offered = connection.stage == Stage::Relaying;
-            // What is in a pipe travels at the freeze, even if nothing changes until then.
-            let has_pipe = connection.up.pipe.is_some() || connection.down.pipe.is_some();
-            connection.touched = !connection.offered || has_pipe;
-            if connection.touched {
-                self.touched.push(key);
-            }
-            if connection.offered {
-                snapshots.push(Snapshot::of(key, connection, None));
-            }
-        }
-    }
-
-    fn reclaim(&mut self) {
-        self.lending = false;
-        self.touched = Vec::new();
-        self.ended = Vec::new();
-    }
-
-    /// Those that have changed or are new, and those that have ended. Connections on the way from another loop arrive here first.
-    fn changes(&mut self) -> (Vec<Key>, Vec<Key>) {
-        for (key, mut connection) in self.shared.loops[self.number].take() {
-            connection.touched = true;
-            self.connections.insert(key, connection);
-            self.waiting.push_back(key);
-            self.touched.push(key);
-        }
-        (self.touched.clone(), self.ended.clone())
-    }
-
-    /// Ends everything.
-    fn stop(&mut self) {
-        self.wake_all();
-        for door in mem::take(&mut self.doors) {
-            if door.kind == Kind::UnixListener {
-                socket::remove_path(&door.socket);
-            }
-        }
-        let keys: Vec<_> = self.connections.keys().copied().collect();
-        keys.into_iter().for_each(|key| self.end(key, How::Stopped));
     }
 }
 

@@ -22,7 +22,7 @@ use crate::address::Address;
 use crate::arriving::{Dormant, Sleeper};
 use crate::bound::Bound;
 use crate::clock;
-use crate::config::Config;
+use crate::config::{AccessLog, Config};
 use crate::door::Door;
 use crate::engine::Engine;
 use crate::error::EngineError;
@@ -61,6 +61,8 @@ pub struct Prepared {
     access: Option<AccessWriter>,
     registered: BTreeSet<ItemId>,
     homes: Homes,
+    /// There is no way back: what cannot be had is gone without.
+    no_way_back: bool,
     offered: Option<Offered>,
 }
 
@@ -100,20 +102,38 @@ impl Prepared {
     ///
     /// The configuration needs more descriptors than there may be, or something cannot be made or opened.
     pub fn new(config: Config) -> Result<Prepared, EngineError> {
-        let limit = heirloom::descriptors::limit().try_into().unwrap_or(usize::MAX);
-        let plan = Plan::new(&config, limit)?;
+        let access = open(config.access_log.as_ref())?;
+        let plan = Plan::new(&config, limit())?;
+        Prepared::with(config, plan, access, false)
+    }
+
+    /// As [`new`](Prepared::new), in a process that serves already, as it was upgraded in place: there is nobody to serve on. A
+    /// listener or a log that cannot be had after all is gone without, which is logged as an error.
+    ///
+    /// # Errors
+    ///
+    /// The pollers cannot be made.
+    pub fn in_place(config: Config) -> Result<Prepared, EngineError> {
+        let access = open(config.access_log.as_ref()).unwrap_or_else(|error| {
+            tracing::error!("goes on without an access log: {error}");
+            None
+        });
+        let plan = Plan::new(&config, limit()).or_else(|error| {
+            tracing::error!("goes on with as many connections as there can be: {error}");
+            Plan::new(&Config { max_connections: None, ..config.clone() }, limit())
+        })?;
+        Prepared::with(config, plan, access, true)
+    }
+
+    fn with(
+        config: Config,
+        plan: Plan,
+        access: Option<AccessWriter>,
+        no_way_back: bool,
+    ) -> Result<Prepared, EngineError> {
         let polls = (0..plan.threads).map(|_| Poll::new()).collect::<io::Result<_>>()?;
-        let access = config.access_log.as_ref();
-        let access = without_signals(|| Ok(access.map(AccessWriter::open).transpose()))??;
-        Ok(Prepared {
-            config,
-            plan,
-            polls,
-            access,
-            registered: BTreeSet::new(),
-            homes: Homes::default(),
-            offered: None,
-        })
+        let (registered, homes) = (BTreeSet::new(), Homes::default());
+        Ok(Prepared { config, plan, polls, access, registered, homes, no_way_back, offered: None })
     }
 
     /// Whether what somebody would hand over could be gone on with, and all addresses had; for a preflight.
@@ -214,7 +234,14 @@ impl Prepared {
                 source,
             })
         };
-        let bound = free.into_iter().map(bind).collect::<Result<_, _>>()?;
+        let mut bound = Vec::new();
+        for at in free {
+            match bind(at) {
+                Ok(one) => bound.push(one),
+                Err(error) if self.no_way_back => tracing::error!("goes on without it: {error}"),
+                Err(error) => return Err(error),
+            }
+        }
         let posts = self.polls.iter().map(|poll| Waker::new(poll.registry(), WAKE).map(Post::new));
         let shared = Arc::new(Shared {
             table,
@@ -323,7 +350,7 @@ impl Prepared {
         let options = TcpOptions { nodelay: listener.nodelay, keepalive: listener.keepalive };
         let set = match door.kind {
             Kind::TcpListener => set_inherited(&door.socket, options),
-            _ => Ok(()),
+            _ => socket::set_mode(listener.address.place(), listener.mode),
         };
         let at = door.listener % states.len();
         let state = &mut states[at];
@@ -380,6 +407,15 @@ impl Table {
         self.listeners[state.listener].open.remove();
         state.backend.iter().for_each(|&backend| self.backends[backend].open.remove());
     }
+}
+
+fn limit() -> usize {
+    heirloom::descriptors::limit().try_into().unwrap_or(usize::MAX)
+}
+
+fn open(log: Option<&AccessLog>) -> Result<Option<AccessWriter>, EngineError> {
+    let opened = without_signals(|| Ok(log.map(AccessWriter::open).transpose()))?;
+    Ok(opened?)
 }
 
 /// Starts threads that get no signals: these are for the thread that serves the control socket, and wait there while the program

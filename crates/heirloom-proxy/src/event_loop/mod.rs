@@ -3,6 +3,11 @@
 //! It does nothing unless something has happened, and gives each connection a bounded turn. Its state is touched under its lock
 //! alone: by its own thread in a turn, or by whoever hands over while the [gate](crate::gate) is closed.
 
+mod accepting;
+mod connecting;
+mod lending;
+mod waking;
+
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
@@ -11,28 +16,23 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use heirloom::runtime::mio::{deregister, register, reregister};
+use heirloom::runtime::mio::{deregister, reregister};
 use mio::{Events, Interest, Poll, Registry, Token};
 use rustix::io::Errno;
 
-use crate::arriving::{Dormant, Woken};
+use crate::arriving::Dormant;
 use crate::clock::{self, Time, nanoseconds};
-use crate::connection::{Connection, How, Next, Sides, Stage};
-use crate::door::{AT_ONCE, Door};
+use crate::connection::{Connection, How, Next, Stage};
+use crate::door::Door;
 use crate::id::{Key, KeyMap, Side, token};
 use crate::pipes::Pipes;
 use crate::shared::Shared;
-use crate::socket::{self, Socket};
 
 /// Another loop has something for this one. No item ever has this id.
 pub(crate) const WAKE: Token = Token(usize::MAX);
 const EVENTS: usize = 512;
-/// When what nothing tells of is tried again: a full queue of a UNIX socket, descriptors that are used up.
+/// When those are tried again for which there was no pipe.
 const AGAIN: Duration = Duration::from_millis(5);
-/// How long nobody is accepted when descriptors are used up: those who are accepted already need some, too.
-const REST: Duration = Duration::from_millis(50);
-/// How many connections that were taken over and have not moved yet are woken in a turn.
-const WOKEN: usize = 64;
 
 /// See the [module](self).
 pub(crate) struct EventLoop {
@@ -120,6 +120,7 @@ impl EventLoop {
     /// Does what has become possible, and says how long there is nothing more to do; `None`: until something happens.
     fn turn(&mut self, events: &Events) -> Option<Duration> {
         self.now = clock::now();
+        self.more = false;
         for key in mem::take(&mut self.urgent) {
             self.wake(key);
         }
@@ -141,7 +142,6 @@ impl EventLoop {
             self.timer(key);
         }
         self.retry_waiting();
-        self.more = false;
         for at in 0..self.doors.len() {
             self.open_door(at);
         }
@@ -150,7 +150,7 @@ impl EventLoop {
             self.drive(key);
         }
         if self.dormant.is_some() {
-            self.wake_some(WOKEN);
+            self.wake_some();
         }
         self.patience()
     }
@@ -226,7 +226,7 @@ impl EventLoop {
             Next::Starve => {
                 if self.pipes.lent() < self.pipes.limit() {
                     // There might be more of them, if there were descriptors.
-                    shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
+                    shared.note_shortage(self.now, &Errno::MFILE.into());
                 }
                 return self.starving.push_back(key);
             }
@@ -262,111 +262,6 @@ impl EventLoop {
         }
     }
 
-    /// Tries backends until one is being connected to.
-    fn connect(&mut self, key: Key) {
-        let shared = Arc::clone(&self.shared);
-        let table = &shared.table;
-        loop {
-            let Some(connection) = self.connections.get_mut(&key) else { return };
-            let Some(pool) = table.pool(connection.listener) else { return self.end(key, How::Refused) };
-            let chosen = match connection.backend {
-                // The same again.
-                Some(backend) => Some(backend),
-                None if connection.tried.len() >= pool.tries => return self.end(key, How::Refused),
-                None => table.choose(connection.listener, &connection.tried),
-            };
-            let Some(backend) = chosen else {
-                if !connection.tried.is_empty() {
-                    return self.end(key, How::Refused);
-                }
-                connection.stage = Stage::Waiting;
-                self.waiting.push_back(key);
-                table.waiting.store(1, Ordering::Relaxed);
-                return;
-            };
-            if connection.backend.is_none() {
-                connection.until = Some(self.now.saturating_add(pool.connect_within));
-            }
-            connection.backend = Some(backend);
-            connection.stage = Stage::Connecting;
-            let Some(place) = &table.backends[backend].place else { return self.end(key, How::Refused) };
-            let error = match Socket::connect(place, pool.tcp) {
-                Ok(socket) if socket.is_its_own_peer(place) => Errno::CONNREFUSED.into(),
-                Ok(socket) => {
-                    let both = Interest::READABLE | Interest::WRITABLE;
-                    match register(&self.registry, socket.as_fd(), token(key.second()), both) {
-                        Ok(()) => {
-                            connection.server = Some(socket);
-                            connection.watched.set(Side::Backend);
-                            return self.timers.set(key, &mut connection.timer, connection.until);
-                        }
-                        Err(error) => error,
-                    }
-                }
-                Err(error) => error,
-            };
-            if is_shortage(&error) {
-                shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
-            }
-            if error.kind() == io::ErrorKind::WouldBlock || is_shortage(&error) {
-                let again = connection.until.map(|until| until.min(self.now + nanoseconds(AGAIN)));
-                return self.timers.set(key, &mut connection.timer, again);
-            }
-            self.failed_to_connect(key, &error);
-        }
-    }
-
-    /// A backend could not be connected to.
-    fn failed_to_connect(&mut self, key: Key, error: &io::Error) {
-        let shared = Arc::clone(&self.shared);
-        let Some(connection) = self.connections.get_mut(&key) else { return };
-        let Some(number) = connection.backend.take() else { return };
-        let backend = &shared.table.backends[number];
-        tracing::debug!(backend = %backend.name, address = %backend.address, %error, "cannot connect");
-        backend.traffic.failed.fetch_add(1, Ordering::Relaxed);
-        backend.open.remove();
-        connection.tried.push(number);
-        if let Some(socket) = connection.server.take() {
-            let _ = deregister(&self.registry, socket.as_fd());
-        }
-        shared.wake_waiting();
-    }
-
-    /// A connection to a backend has come to something.
-    fn connecting(&mut self, key: Key) {
-        let Some(connection) = self.connections.get_mut(&key) else { return };
-        let Some(server) = &connection.server else { return };
-        if connection.failed.has(Side::Backend) || connection.down.readable {
-            // Refused, or already closed again.
-            if let Err(error) = server.take_error() {
-                connection.failed = Sides::default();
-                connection.down = Default::default();
-                connection.up.writable = false;
-                self.failed_to_connect(key, &error);
-                return self.connect(key);
-            }
-        }
-        if !connection.up.writable && !connection.down.readable {
-            return;
-        }
-        let both = Interest::READABLE | Interest::WRITABLE;
-        if let Err(error) = register(&self.registry, connection.client.as_fd(), token(key.first()), both) {
-            tracing::warn!(%error, "cannot wait for a client");
-            return self.end(key, How::Refused);
-        }
-        connection.watched.set(Side::Client);
-        connection.stage = Stage::Relaying;
-        (connection.connected, connection.active) = (Some(self.now), self.now);
-        (connection.until, connection.up.readable, connection.down.writable) = (None, true, true);
-        connection.tried = Vec::new();
-        if let Some(backend) = connection.backend {
-            self.shared.table.backends[backend].traffic.connections.fetch_add(1, Ordering::Relaxed);
-        }
-        self.set_timer(key);
-        self.touch(key);
-        self.relay(key);
-    }
-
     /// Sets when a relayed connection is to be looked at next.
     pub(crate) fn set_timer(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
@@ -397,70 +292,6 @@ impl EventLoop {
             }
             Stage::Waiting => {}
         }
-    }
-
-    /// Looks for backends for those who wait for one.
-    fn retry_waiting(&mut self) {
-        for key in mem::take(&mut self.waiting) {
-            self.connect(key);
-        }
-    }
-
-    /// Accepts who waits at a listener, as far as there is room.
-    fn open_door(&mut self, at: usize) {
-        let shared = Arc::clone(&self.shared);
-        let table = &shared.table;
-        for _ in 0..AT_ONCE {
-            let door = &mut self.doors[at];
-            if !door.wants_turn(self.now) {
-                return;
-            }
-            let short_until = shared.short_until.load(Ordering::Relaxed);
-            if short_until > self.now {
-                door.resting = Some(short_until);
-                return;
-            }
-            let listener = &table.listeners[door.listener];
-            let has_room = |backend: &usize| table.backends[*backend].open.has_room();
-            let backends = table.pool(door.listener).map_or(&[][..], |pool| &pool.backends);
-            if !table.open.has_room()
-                || !listener.open.has_room()
-                || !self.waiting.is_empty()
-                || !backends.iter().any(has_room)
-            {
-                table.waiting.store(1, Ordering::Relaxed);
-                return;
-            }
-            match socket::accept(&door.socket, door.kind) {
-                Ok((client, from)) => {
-                    table.open.add();
-                    listener.open.add();
-                    listener.traffic.connections.fetch_add(1, Ordering::Relaxed);
-                    let (key, to) = (shared.keys.take(), shared.loop_for_next(self.number));
-                    let connection = Connection::new(door.listener, client, from, self.now);
-                    let post = &shared.loops[to];
-                    post.load.fetch_add(1, Ordering::Relaxed);
-                    if to == self.number {
-                        self.begin(key, connection);
-                    } else {
-                        post.inbox.lock().expect("nobody panics with it").push((key, connection));
-                        let _ = post.waker.wake();
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    door.ready = false;
-                    return;
-                }
-                Err(error) if is_shortage(&error) => {
-                    tracing::warn!(listener = %listener.name, %error, "cannot accept; clients wait");
-                    shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
-                }
-                // That one has gone before it was accepted.
-                Err(_) => {}
-            }
-        }
-        // More may wait; the others have their turn first.
-        self.more = true;
     }
 
     /// Ends a connection.
@@ -496,97 +327,6 @@ impl EventLoop {
         shared.loops[self.number].load.fetch_sub(1, Ordering::Relaxed);
         drop(connection);
         shared.wake_waiting();
-    }
-}
-
-/// Taking over.
-impl EventLoop {
-    /// Wakes some of those that were taken over and have not moved yet.
-    fn wake_some(&mut self, count: usize) {
-        for _ in 0..count {
-            match self.dormant.as_ref().and_then(Dormant::any) {
-                Some(key) => self.wake(key),
-                None => {
-                    self.dormant = None;
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Takes over what is dormant.
-    pub(crate) fn go_on_with(&mut self, dormant: Dormant) {
-        let load = &self.shared.loops[self.number].load;
-        load.store(dormant.len(), Ordering::Relaxed);
-        self.urgent = dormant.urgent();
-        self.dormant = Some(dormant);
-    }
-
-    /// Wakes all of them.
-    pub(crate) fn wake_all(&mut self) {
-        while self.dormant.is_some() {
-            self.wake_some(WOKEN);
-        }
-    }
-
-    /// Makes a connection of what was taken over.
-    pub(crate) fn wake(&mut self, key: Key) {
-        let Some(dormant) = &mut self.dormant else { return };
-        let Some(woken) = dormant.take(key) else { return };
-        let Woken { mut connection, registered, urgent } = match woken {
-            Ok(woken) => woken,
-            Err(error) => {
-                // Its sockets were checked when they came.
-                tracing::error!(%error, "cannot go on with a connection that was taken over");
-                return;
-            }
-        };
-        let both = Interest::READABLE | Interest::WRITABLE;
-        for side in [Side::Client, Side::Backend] {
-            let is_watched = match connection.stage {
-                Stage::Relaying => true,
-                Stage::Connecting => side == Side::Backend,
-                Stage::Waiting => false,
-            };
-            if let Some(socket) = connection.socket(side).filter(|_| is_watched && !registered) {
-                if let Err(error) = register(&self.registry, socket.as_fd(), token(key.id(side)), both) {
-                    tracing::error!(%error, "cannot wait for a connection that was taken over");
-                }
-                connection.watched.set(side);
-            }
-        }
-        for flow in [&connection.up, &connection.down] {
-            if flow.pipe.is_some() {
-                self.pipes.arrived();
-            }
-        }
-        let (stage, until) = (connection.stage, connection.until);
-        if urgent || stage != Stage::Relaying {
-            connection.try_everything();
-        } else {
-            (connection.up.writable, connection.down.writable) = (true, true);
-        }
-        if stage == Stage::Connecting {
-            // What it has come to is told by the poller.
-            (connection.up.writable, connection.down.readable) = (false, false);
-        }
-        let has_server = connection.server.is_some();
-        self.connections.insert(key, connection);
-        match stage {
-            Stage::Waiting => self.waiting.push_back(key),
-            Stage::Connecting if has_server => {
-                if let Some(connection) = self.connections.get_mut(&key) {
-                    self.timers.set(key, &mut connection.timer, until);
-                }
-            }
-            Stage::Connecting => self.connect(key),
-            Stage::Relaying => {
-                self.set_timer(key);
-                if urgent {
-                    self.queue(key);
-                }
-            }
-        }
     }
 }
 

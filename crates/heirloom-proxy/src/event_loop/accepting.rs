@@ -1,0 +1,88 @@
+//! How clients are let in: as many as there is room for, each to the loop with the fewest.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::{EventLoop, is_shortage};
+use crate::clock::nanoseconds;
+use crate::connection::Connection;
+use crate::door::AT_ONCE;
+use crate::socket;
+
+/// When a listener that fails is tried again.
+const FAILED_REST: Duration = Duration::from_secs(1);
+
+impl EventLoop {
+    /// Accepts who waits at a listener, as far as there is room.
+    pub(super) fn open_door(&mut self, at: usize) {
+        let shared = Arc::clone(&self.shared);
+        let table = &shared.table;
+        for _ in 0..AT_ONCE {
+            let door = &mut self.doors[at];
+            if !door.wants_turn(self.now) {
+                return;
+            }
+            let short_until = shared.short_until.load(Ordering::Relaxed);
+            if short_until > self.now {
+                door.resting = Some(short_until);
+                return;
+            }
+            let listener = &table.listeners[door.listener];
+            if !self.waiting.is_empty() {
+                return;
+            }
+            if !table.has_room(door.listener) {
+                table.announce_waiting();
+                if !table.has_room(door.listener) {
+                    return;
+                }
+            }
+            match socket::accept(&door.socket, door.kind) {
+                Ok((client, from)) => {
+                    table.open.add();
+                    listener.open.add();
+                    listener.traffic.connections.fetch_add(1, Ordering::Relaxed);
+                    let (key, to) = (shared.keys.take(), shared.loop_for_next(self.number));
+                    let connection = Connection::new(door.listener, client, from, self.now);
+                    let post = &shared.loops[to];
+                    post.load.fetch_add(1, Ordering::Relaxed);
+                    if to == self.number {
+                        self.begin(key, connection);
+                    } else {
+                        post.inbox.lock().expect("nobody panics with it").push((key, connection));
+                        let _ = post.waker.wake();
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    door.ready = false;
+                    return;
+                }
+                Err(error) if is_shortage(&error) => {
+                    shared.note_shortage(self.now, &error);
+                }
+                // That one has gone before it was accepted.
+                Err(error) if is_of_one(&error) => {}
+                Err(error) => {
+                    tracing::error!(listener = %listener.name, %error, "cannot accept");
+                    door.resting = Some(self.now + nanoseconds(FAILED_REST));
+                    return;
+                }
+            }
+        }
+        // More may wait; the others have their turn first.
+        self.more = true;
+    }
+}
+
+/// Whether an error of accept(2) is that of the connection, and not of the listener.
+fn is_of_one(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    let network = [Errno::NETDOWN, Errno::NETUNREACH, Errno::HOSTDOWN, Errno::HOSTUNREACH, Errno::NONET];
+    let others =
+        [Errno::CONNABORTED, Errno::PROTO, Errno::NOPROTOOPT, Errno::OPNOTSUPP, Errno::PERM, Errno::INTR];
+    errno.is_some_and(|errno| network.contains(&errno) || others.contains(&errno))
+}

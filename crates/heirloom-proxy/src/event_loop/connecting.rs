@@ -1,0 +1,137 @@
+//! How a connection comes by a backend: one after the other is tried, until one accepts.
+
+use std::io;
+use std::mem;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use heirloom::runtime::mio::{deregister, register};
+use mio::Interest;
+use rustix::io::Errno;
+
+use super::{EventLoop, is_shortage};
+use crate::clock::nanoseconds;
+use crate::connection::{How, Sides, Stage};
+use crate::id::{Key, Side, token};
+use crate::socket::Socket;
+
+/// When what nothing tells of is tried again: a full queue of a UNIX socket, descriptors that are used up.
+const AGAIN: Duration = Duration::from_millis(5);
+
+impl EventLoop {
+    /// Tries backends until one is being connected to.
+    pub(super) fn connect(&mut self, key: Key) {
+        let shared = Arc::clone(&self.shared);
+        let table = &shared.table;
+        loop {
+            let Some(connection) = self.connections.get_mut(&key) else { return };
+            let Some(pool) = table.pool(connection.listener) else { return self.end(key, How::Refused) };
+            let chosen = match connection.backend {
+                // The same again.
+                Some(backend) => Some(backend),
+                None if connection.tried.len() >= pool.tries => return self.end(key, How::Refused),
+                None => table.choose(connection.listener, &connection.tried),
+            };
+            let Some(backend) = chosen else {
+                if !connection.tried.is_empty() {
+                    return self.end(key, How::Refused);
+                }
+                connection.stage = Stage::Waiting;
+                self.waiting.push_back(key);
+                table.announce_waiting();
+                // One may have become free before that was heard.
+                self.more |= table.has_room(connection.listener);
+                return;
+            };
+            if connection.backend.is_none() {
+                connection.until = Some(self.now.saturating_add(pool.connect_within));
+            }
+            connection.backend = Some(backend);
+            connection.stage = Stage::Connecting;
+            let Some(place) = &table.backends[backend].place else { return self.end(key, How::Refused) };
+            let error = match Socket::connect(place, pool.tcp) {
+                Ok(socket) if socket.is_its_own_peer(place) => Errno::CONNREFUSED.into(),
+                Ok(socket) => {
+                    let both = Interest::READABLE | Interest::WRITABLE;
+                    match register(&self.registry, socket.as_fd(), token(key.second()), both) {
+                        Ok(()) => {
+                            connection.server = Some(socket);
+                            connection.watched.set(Side::Backend);
+                            return self.timers.set(key, &mut connection.timer, connection.until);
+                        }
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            if is_shortage(&error) {
+                shared.note_shortage(self.now, &error);
+            }
+            if error.kind() == io::ErrorKind::WouldBlock || is_shortage(&error) {
+                let again = connection.until.map(|until| until.min(self.now + nanoseconds(AGAIN)));
+                return self.timers.set(key, &mut connection.timer, again);
+            }
+            self.failed_to_connect(key, &error);
+        }
+    }
+
+    /// A backend could not be connected to.
+    pub(super) fn failed_to_connect(&mut self, key: Key, error: &io::Error) {
+        let shared = Arc::clone(&self.shared);
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let Some(number) = connection.backend.take() else { return };
+        let backend = &shared.table.backends[number];
+        tracing::debug!(backend = %backend.name, address = %backend.address, %error, "cannot connect");
+        backend.traffic.failed.fetch_add(1, Ordering::Relaxed);
+        backend.open.remove();
+        connection.tried.push(number);
+        if let Some(socket) = connection.server.take() {
+            let _ = deregister(&self.registry, socket.as_fd());
+        }
+        shared.wake_waiting();
+    }
+
+    /// A connection to a backend has come to something.
+    pub(super) fn connecting(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let Some(server) = &connection.server else { return };
+        if connection.failed.has(Side::Backend) || connection.down.readable {
+            // Refused, or already closed again.
+            if let Err(error) = server.take_error() {
+                connection.failed = Sides::default();
+                connection.down = Default::default();
+                connection.up.writable = false;
+                self.failed_to_connect(key, &error);
+                return self.connect(key);
+            }
+        }
+        if !connection.up.writable && !connection.down.readable {
+            return;
+        }
+        let both = Interest::READABLE | Interest::WRITABLE;
+        if let Err(error) = register(&self.registry, connection.client.as_fd(), token(key.first()), both) {
+            tracing::warn!(%error, "cannot wait for a client");
+            return self.end(key, How::Refused);
+        }
+        connection.watched.set(Side::Client);
+        connection.stage = Stage::Relaying;
+        (connection.connected, connection.active) = (Some(self.now), self.now);
+        (connection.until, connection.up.readable, connection.down.writable) = (None, true, true);
+        connection.tried = Vec::new();
+        if let Some(backend) = connection.backend {
+            self.shared.table.backends[backend].traffic.connections.fetch_add(1, Ordering::Relaxed);
+        }
+        self.set_timer(key);
+        self.touch(key);
+        self.relay(key);
+    }
+
+    /// Looks for backends for those who wait for one.
+    pub(super) fn retry_waiting(&mut self) {
+        for key in mem::take(&mut self.waiting) {
+            self.connect(key);
+        }
+    }
+}
