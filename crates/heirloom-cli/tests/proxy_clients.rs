@@ -19,7 +19,7 @@ use support::proxy::{Gate, Handover, Proxy};
 use support::random::Random;
 use support::*;
 
-/// How long the file is that is downloaded.
+/// How long the file is that is downloaded: a gigabyte takes some twenty seconds, most of them for its bytes and checksums.
 const DOWNLOAD: u64 = 1 << 30;
 /// How long the one is that is uploaded.
 const UPLOAD: u64 = 256 << 20;
