@@ -111,6 +111,18 @@ fn nothing_is_dropped_and_nothing_is_left_behind() {
     wait_for("all to have hung up", || scene.open() == 0);
     scene.waits_for_descriptors(without_connections);
     scene.proxy.finish();
+    // Each connection that a backend has had is in the access log, once.
+    let accepted: u64 = scene.backends.iter().map(Echo::accepted).sum();
+    let log = std::fs::read_to_string(&scene.places.access_log).expect("the access log");
+    let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+    assert_eq!(lines.filter(|line| !line["backend"].is_null()).count() as u64, accepted);
+}
+
+/// The files that the configuration names.
+struct Places {
+    /// A listener's UNIX socket.
+    local: PathBuf,
+    access_log: PathBuf,
 }
 
 /// The proxy, its backends, and what it is configured to do.
@@ -124,7 +136,7 @@ struct Scene {
     extra: Option<String>,
     /// Those who came by the extra listener.
     guests: Vec<Caller>,
-    local: PathBuf,
+    places: Places,
     pattern: Arc<Pattern>,
     _scratch: Scratch,
 }
@@ -132,9 +144,9 @@ struct Scene {
 impl Scene {
     fn new(random: &mut Random) -> Scene {
         let scratch = Scratch::new();
-        let local = scratch.path("local.sock");
+        let places = Places { local: scratch.path("local.sock"), access_log: scratch.path("access.log") };
         let backends = [Echo::tcp("one"), Echo::tcp("two"), Echo::unix("three", &scratch.path("three.sock"))];
-        let proxy = Proxy::start(&configuration(&backends, true, false, &local));
+        let proxy = Proxy::start(&configuration(&backends, true, false, &places));
         Scene {
             proxy,
             backends,
@@ -142,7 +154,7 @@ impl Scene {
             has_extra_listener: false,
             extra: None,
             guests: Vec::new(),
-            local,
+            places,
             pattern: Pattern::new(random),
             _scratch: scratch,
         }
@@ -151,7 +163,7 @@ impl Scene {
     /// A new connection.
     fn call(&self, number: usize) -> Caller {
         let address = if number.is_multiple_of(LOCAL) {
-            format!("unix:{}", self.local.display())
+            format!("unix:{}", self.places.local.display())
         } else {
             self.proxy.address()
         };
@@ -201,7 +213,7 @@ impl Scene {
             &self.backends,
             self.has_second_backend,
             self.has_extra_listener,
-            &self.local,
+            &self.places,
         ));
         self.proxy.hand_over(Handover::Reload);
     }
@@ -252,13 +264,16 @@ impl Scene {
     }
 }
 
-fn configuration(backends: &[Echo; 3], second: bool, extra: bool, local: &std::path::Path) -> String {
+fn configuration(backends: &[Echo; 3], second: bool, extra: bool, places: &Places) -> String {
     let backends = backends.iter().enumerate().filter(|(number, _)| second || *number != 1);
     let backends: Vec<String> = backends.map(|(_, echo)| format!("\"{}\"", echo.address())).collect();
     let listener = |name: &str, address: &str| {
         format!("[[listener]]\nname = \"{name}\"\nlisten = \"{address}\"\npool = \"all\"\n")
     };
-    let mut text = listener("main", "127.0.0.1:0") + &listener("local", &format!("unix:{}", local.display()));
+    let log = places.access_log.display();
+    let mut text = format!("[access_log]\npath = \"{log}\"\nformat = \"json\"\n");
+    text += &listener("main", "127.0.0.1:0");
+    text += &listener("local", &format!("unix:{}", places.local.display()));
     if extra {
         text += &listener("extra", "127.0.0.2:0");
     }

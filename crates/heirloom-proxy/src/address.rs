@@ -15,7 +15,7 @@ const MAX_PATH: usize = 107;
 /// An address as it was written, and the place that it means.
 ///
 /// Two configurations speak of the same address when they write it alike, whatever a host name in it means by now: that is
-/// how a listener is found again after a reload. So addresses are equal if their texts are.
+/// how a listener is found again after a reload, or else by the place that is meant. Addresses are equal if their texts are.
 ///
 /// ```
 /// use heirloom_proxy::address::{Address, Place};

@@ -29,8 +29,8 @@ pub(crate) const WAKE: Token = Token(usize::MAX);
 const EVENTS: usize = 512;
 /// When what nothing tells of is tried again: a full queue of a UNIX socket, descriptors that are used up.
 const AGAIN: Duration = Duration::from_millis(5);
-/// How long nobody is accepted when descriptors are used up: those who are accepted already need some, too.
-const REST: Duration = Duration::from_millis(50);
+/// When a listener that fails is tried again.
+const FAILED_REST: Duration = Duration::from_secs(1);
 /// How many connections that were taken over and have not moved yet are woken in a turn.
 const WOKEN: usize = 64;
 
@@ -120,6 +120,7 @@ impl EventLoop {
     /// Does what has become possible, and says how long there is nothing more to do; `None`: until something happens.
     fn turn(&mut self, events: &Events) -> Option<Duration> {
         self.now = clock::now();
+        self.more = false;
         for key in mem::take(&mut self.urgent) {
             self.wake(key);
         }
@@ -141,7 +142,6 @@ impl EventLoop {
             self.timer(key);
         }
         self.retry_waiting();
-        self.more = false;
         for at in 0..self.doors.len() {
             self.open_door(at);
         }
@@ -226,7 +226,7 @@ impl EventLoop {
             Next::Starve => {
                 if self.pipes.lent() < self.pipes.limit() {
                     // There might be more of them, if there were descriptors.
-                    shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
+                    shared.note_shortage(self.now, &Errno::MFILE.into());
                 }
                 return self.starving.push_back(key);
             }
@@ -281,7 +281,9 @@ impl EventLoop {
                 }
                 connection.stage = Stage::Waiting;
                 self.waiting.push_back(key);
-                table.waiting.store(1, Ordering::Relaxed);
+                table.announce_waiting();
+                // One may have become free before that was heard.
+                self.more |= table.has_room(connection.listener);
                 return;
             };
             if connection.backend.is_none() {
@@ -306,7 +308,7 @@ impl EventLoop {
                 Err(error) => error,
             };
             if is_shortage(&error) {
-                shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
+                shared.note_shortage(self.now, &error);
             }
             if error.kind() == io::ErrorKind::WouldBlock || is_shortage(&error) {
                 let again = connection.until.map(|until| until.min(self.now + nanoseconds(AGAIN)));
@@ -421,15 +423,14 @@ impl EventLoop {
                 return;
             }
             let listener = &table.listeners[door.listener];
-            let has_room = |backend: &usize| table.backends[*backend].open.has_room();
-            let backends = table.pool(door.listener).map_or(&[][..], |pool| &pool.backends);
-            if !table.open.has_room()
-                || !listener.open.has_room()
-                || !self.waiting.is_empty()
-                || !backends.iter().any(has_room)
-            {
-                table.waiting.store(1, Ordering::Relaxed);
+            if !self.waiting.is_empty() {
                 return;
+            }
+            if !table.has_room(door.listener) {
+                table.announce_waiting();
+                if !table.has_room(door.listener) {
+                    return;
+                }
             }
             match socket::accept(&door.socket, door.kind) {
                 Ok((client, from)) => {
@@ -452,11 +453,15 @@ impl EventLoop {
                     return;
                 }
                 Err(error) if is_shortage(&error) => {
-                    tracing::warn!(listener = %listener.name, %error, "cannot accept; clients wait");
-                    shared.short_until.store(self.now + nanoseconds(REST), Ordering::Relaxed);
+                    shared.note_shortage(self.now, &error);
                 }
                 // That one has gone before it was accepted.
-                Err(_) => {}
+                Err(error) if is_of_one(&error) => {}
+                Err(error) => {
+                    tracing::error!(listener = %listener.name, %error, "cannot accept");
+                    door.resting = Some(self.now + nanoseconds(FAILED_REST));
+                    return;
+                }
             }
         }
         // More may wait; the others have their turn first.
@@ -604,4 +609,13 @@ fn watch(registry: &Registry, key: Key, connection: &mut Connection, side: Side)
 fn is_shortage(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
     errno.is_some_and(|errno| [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].contains(&errno))
+}
+
+/// Whether an error of accept(2) is that of the connection, and not of the listener.
+fn is_of_one(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    let network = [Errno::NETDOWN, Errno::NETUNREACH, Errno::HOSTDOWN, Errno::HOSTUNREACH, Errno::NONET];
+    let others =
+        [Errno::CONNABORTED, Errno::PROTO, Errno::NOPROTOOPT, Errno::OPNOTSUPP, Errno::PERM, Errno::INTR];
+    errno.is_some_and(|errno| network.contains(&errno) || others.contains(&errno))
 }

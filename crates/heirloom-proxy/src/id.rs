@@ -46,11 +46,6 @@ impl Key {
             Side::Backend => self.second(),
         }
     }
-
-    /// Which of so many loops a connection goes to that is taken over.
-    pub(crate) fn spread(self, over: usize) -> usize {
-        (self.0 % over as u64) as usize
-    }
 }
 
 pub(crate) fn token(id: ItemId) -> Token {

@@ -18,10 +18,11 @@ use heirloom_sys::SignalMask;
 use mio::{Interest, Poll, Waker};
 
 use crate::access::AccessWriter;
+use crate::address::Address;
 use crate::arriving::{Dormant, Sleeper};
 use crate::bound::Bound;
 use crate::clock;
-use crate::config::Config;
+use crate::config::{AccessLog, Config};
 use crate::door::Door;
 use crate::engine::Engine;
 use crate::error::EngineError;
@@ -59,6 +60,9 @@ pub struct Prepared {
     polls: Vec<Poll>,
     access: Option<AccessWriter>,
     registered: BTreeSet<ItemId>,
+    homes: Homes,
+    /// There is no way back: what cannot be had is gone without.
+    no_way_back: bool,
     offered: Option<Offered>,
 }
 
@@ -74,6 +78,17 @@ struct Offered {
     state: ServiceState,
 }
 
+/// Which loop each connection goes to: as many to each.
+#[derive(Default)]
+struct Homes(KeyMap<usize>);
+
+impl Homes {
+    fn of(&mut self, key: Key, loops: usize) -> usize {
+        let next = self.0.len() % loops;
+        *self.0.entry(key).or_insert(next)
+    }
+}
+
 /// Where the incumbent's listeners and backends are in our table.
 pub(crate) struct Places {
     pub(crate) listeners: Vec<usize>,
@@ -87,12 +102,38 @@ impl Prepared {
     ///
     /// The configuration needs more descriptors than there may be, or something cannot be made or opened.
     pub fn new(config: Config) -> Result<Prepared, EngineError> {
-        let limit = heirloom::descriptors::limit().try_into().unwrap_or(usize::MAX);
-        let plan = Plan::new(&config, limit)?;
+        let access = open(config.access_log.as_ref())?;
+        let plan = Plan::new(&config, limit())?;
+        Prepared::with(config, plan, access, false)
+    }
+
+    /// As [`new`](Prepared::new), in a process that serves already, as it was upgraded in place: there is nobody to serve on. A
+    /// listener or a log that cannot be had after all is gone without, which is logged as an error.
+    ///
+    /// # Errors
+    ///
+    /// The pollers cannot be made.
+    pub fn in_place(config: Config) -> Result<Prepared, EngineError> {
+        let access = open(config.access_log.as_ref()).unwrap_or_else(|error| {
+            tracing::error!("goes on without an access log: {error}");
+            None
+        });
+        let plan = Plan::new(&config, limit()).or_else(|error| {
+            tracing::error!("goes on with as many connections as there can be: {error}");
+            Plan::new(&Config { max_connections: None, ..config.clone() }, limit())
+        })?;
+        Prepared::with(config, plan, access, true)
+    }
+
+    fn with(
+        config: Config,
+        plan: Plan,
+        access: Option<AccessWriter>,
+        no_way_back: bool,
+    ) -> Result<Prepared, EngineError> {
         let polls = (0..plan.threads).map(|_| Poll::new()).collect::<io::Result<_>>()?;
-        let access = config.access_log.as_ref();
-        let access = without_signals(|| Ok(access.map(AccessWriter::open).transpose()))??;
-        Ok(Prepared { config, plan, polls, access, registered: BTreeSet::new(), offered: None })
+        let (registered, homes) = (BTreeSet::new(), Homes::default());
+        Ok(Prepared { config, plan, polls, access, registered, homes, no_way_back, offered: None })
     }
 
     /// Whether what somebody would hand over could be gone on with, and all addresses had; for a preflight.
@@ -113,7 +154,7 @@ impl Prepared {
         if ![CLIENT, BACKEND].contains(&entry.name.as_str()) {
             return Ok(());
         }
-        let poll = &self.polls[Key::of(entry.id).spread(self.polls.len())];
+        let poll = &self.polls[self.homes.of(Key::of(entry.id), self.polls.len())];
         register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
         self.registered.insert(entry.id);
         Ok(())
@@ -151,6 +192,7 @@ impl Prepared {
                 .collect(),
         };
         let mut doors = BTreeMap::new();
+        let mut otherwise_written = Vec::new();
         let mut free: BTreeSet<usize> = (0..self.config.listeners.len()).collect();
         let mut sleepers: Vec<KeyMap<Sleeper>> = self.polls.iter().map(|_| KeyMap::default()).collect();
         for entry in entries {
@@ -161,6 +203,8 @@ impl Prepared {
                 let ours = free.iter().copied().find(same);
                 if let Some(at) = ours {
                     free.remove(&at);
+                } else if let Some(address) = address {
+                    otherwise_written.push((entry.id, address));
                 }
                 doors.insert(entry.id, ours);
             } else if entry.name == CLIENT {
@@ -170,7 +214,16 @@ impl Prepared {
                 let registered = sockets.into_iter().flatten().all(|id| self.registered.contains(&id));
                 table.count(&state);
                 let sleeper = Sleeper { state, registered, urgent: false };
-                sleepers[key.spread(self.polls.len())].insert(key, sleeper);
+                sleepers[self.homes.of(key, self.polls.len())].insert(key, sleeper);
+            }
+        }
+        for (id, address) in otherwise_written {
+            // `localhost:80` is where `127.0.0.1:80` was: it could not be bound.
+            let Ok(address) = Address::to_listen(address) else { continue };
+            let same = |at: &usize| self.config.listeners[*at].address.place() == address.place();
+            if let Some(at) = free.iter().copied().find(same) {
+                free.remove(&at);
+                doors.insert(id, Some(at));
             }
         }
         let bind = |at: usize| {
@@ -181,7 +234,14 @@ impl Prepared {
                 source,
             })
         };
-        let bound = free.into_iter().map(bind).collect::<Result<_, _>>()?;
+        let mut bound = Vec::new();
+        for at in free {
+            match bind(at) {
+                Ok(one) => bound.push(one),
+                Err(error) if self.no_way_back => tracing::error!("goes on without it: {error}"),
+                Err(error) => return Err(error),
+            }
+        }
         let posts = self.polls.iter().map(|poll| Waker::new(poll.registry(), WAKE).map(Post::new));
         let shared = Arc::new(Shared {
             table,
@@ -228,7 +288,7 @@ impl Prepared {
         }
         for id in changes.ended.iter().chain(&changes.changed) {
             let key = Key::of(*id);
-            if let Some(sleeper) = offered.sleepers[key.spread(count)].remove(&key) {
+            if let Some(sleeper) = offered.sleepers[self.homes.of(key, count)].remove(&key) {
                 table.discount(&sleeper.state);
             }
         }
@@ -238,7 +298,7 @@ impl Prepared {
             table.count(&state);
             let (key, registered) = (Key::of(*id), self.registered.contains(id));
             let sleeper = Sleeper { state, registered, urgent: true };
-            offered.sleepers[key.spread(count)].insert(key, sleeper);
+            offered.sleepers[self.homes.of(key, count)].insert(key, sleeper);
         }
         Ok(())
     }
@@ -290,7 +350,7 @@ impl Prepared {
         let options = TcpOptions { nodelay: listener.nodelay, keepalive: listener.keepalive };
         let set = match door.kind {
             Kind::TcpListener => set_inherited(&door.socket, options),
-            _ => Ok(()),
+            _ => socket::set_mode(listener.address.place(), listener.mode),
         };
         let at = door.listener % states.len();
         let state = &mut states[at];
@@ -347,6 +407,15 @@ impl Table {
         self.listeners[state.listener].open.remove();
         state.backend.iter().for_each(|&backend| self.backends[backend].open.remove());
     }
+}
+
+fn limit() -> usize {
+    heirloom::descriptors::limit().try_into().unwrap_or(usize::MAX)
+}
+
+fn open(log: Option<&AccessLog>) -> Result<Option<AccessWriter>, EngineError> {
+    let opened = without_signals(|| Ok(log.map(AccessWriter::open).transpose()))?;
+    Ok(opened?)
 }
 
 /// Starts threads that get no signals: these are for the thread that serves the control socket, and wait there while the program

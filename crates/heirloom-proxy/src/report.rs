@@ -15,6 +15,8 @@ pub struct Report {
     pub threads: usize,
     /// Connections now.
     pub connections: usize,
+    /// Connections now of each loop.
+    pub connections_of_loops: Vec<usize>,
     /// How many there may be.
     pub max_connections: usize,
     /// Pipes now, in use or kept.

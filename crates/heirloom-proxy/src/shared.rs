@@ -8,7 +8,7 @@ use std::time::Duration;
 use mio::Waker;
 
 use crate::access::{AccessRecord, AccessWriter, End};
-use crate::clock::{Time, unix_ms};
+use crate::clock::{Time, nanoseconds, unix_ms};
 use crate::connection::{Connection, How};
 use crate::gate::Gate;
 use crate::handover::{ServiceState, TrafficState};
@@ -46,6 +46,10 @@ impl Post {
     }
 }
 
+/// How long nobody is accepted when descriptors are used up: those who are accepted already need some, too.
+const REST: Duration = Duration::from_millis(50);
+/// When it is said again.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
 /// By how many a loop may have more than another before that one gets the next connection: to wake it costs something.
 const SLACK: usize = 1;
 
@@ -57,10 +61,17 @@ impl Shared {
         if load(own) <= load(least) + SLACK { own } else { least }
     }
 
+    /// Descriptors are used up: nobody is accepted for a while.
+    pub(crate) fn note_shortage(&self, now: Time, error: &std::io::Error) {
+        let before = self.short_until.swap(now + nanoseconds(REST), Ordering::Relaxed);
+        if before.saturating_add(nanoseconds(SAY_AGAIN)) < now {
+            tracing::warn!(%error, "descriptors are used up: clients wait to be accepted");
+        }
+    }
+
     /// Something has ended for which somebody may wait.
     pub(crate) fn wake_waiting(&self) {
-        if self.table.waiting.load(Ordering::Relaxed) > 0 && self.table.waiting.swap(0, Ordering::Relaxed) > 0
-        {
+        if self.table.take_waiting() {
             self.loops.iter().for_each(|post| drop(post.waker.wake()));
         }
     }
@@ -143,6 +154,7 @@ impl Shared {
         Report {
             threads: self.loops.len(),
             connections: table.open.now(),
+            connections_of_loops: self.loops.iter().map(|post| post.load.load(Ordering::Relaxed)).collect(),
             max_connections: table.open.most().unwrap_or_default(),
             listeners: listeners.filter(|one| one.pool.is_some() || one.connections > 0).collect(),
             backends: backends.filter(|one| one.configured || one.connections > 0).collect(),

@@ -167,11 +167,19 @@ pub(crate) fn bind(place: &Place, mode: Option<u32>) -> io::Result<OwnedFd> {
                 }
                 bound => bound?,
             }
-            if let Some(mode) = mode {
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-            }
+            set_mode(place, mode)?;
             Ok(socket)
         }
+    }
+}
+
+/// Sets the permissions of a UNIX socket's file.
+pub(crate) fn set_mode(place: &Place, mode: Option<u32>) -> io::Result<()> {
+    match (place, mode) {
+        (Place::Unix(path), Some(mode)) => {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -187,6 +195,8 @@ pub(crate) fn accept(listener: impl AsFd, kind: Kind) -> io::Result<(Socket, Opt
     let (descriptor, from) = net::acceptfrom_with(listener, FLAGS)?;
     let tcp = kind == Kind::TcpListener;
     let from = from.filter(|_| tcp).and_then(|from: SocketAddrAny| SocketAddr::try_from(from).ok());
+    // At a socket of IPv6 that also takes IPv4.
+    let from = from.map(|from| SocketAddr::new(from.ip().to_canonical(), from.port()));
     Ok((Socket { descriptor: Arc::new(descriptor), tcp }, from))
 }
 

@@ -3,7 +3,7 @@
 //! What is configured does not change in the life of a process: a reload is another process. What is no longer configured has its
 //! place here as well, as long as connections belong to it.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::address::Place;
@@ -19,8 +19,8 @@ pub(crate) struct Table {
     pub(crate) backends: Vec<Backend>,
     pub(crate) drain: Option<Time>,
     pub(crate) open: Gauge,
-    /// Pulled when something has ended while somebody waits for that.
-    pub(crate) waiting: AtomicUsize,
+    /// Whether somebody waits until something has ended.
+    waiting: AtomicBool,
 }
 
 /// How many there are, of at most so many.
@@ -36,7 +36,7 @@ impl Gauge {
     }
 
     pub(crate) fn now(&self) -> usize {
-        self.now.load(Ordering::Relaxed)
+        self.now.load(Ordering::SeqCst)
     }
 
     pub(crate) fn most(&self) -> Option<usize> {
@@ -49,12 +49,12 @@ impl Gauge {
 
     /// One more, whatever the limit: it is there already.
     pub(crate) fn add(&self) {
-        self.now.fetch_add(1, Ordering::Relaxed);
+        self.now.fetch_add(1, Ordering::SeqCst);
     }
 
     /// One more, unless there are too many.
     pub(crate) fn try_add(&self) -> bool {
-        let added = self.now.fetch_add(1, Ordering::Relaxed) < self.most;
+        let added = self.now.fetch_add(1, Ordering::SeqCst) < self.most;
         if !added {
             self.remove();
         }
@@ -62,7 +62,7 @@ impl Gauge {
     }
 
     pub(crate) fn remove(&self) {
-        self.now.fetch_sub(1, Ordering::Relaxed);
+        self.now.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -176,7 +176,7 @@ impl Table {
             backends,
             drain: config.drain.map(nanoseconds),
             open: Gauge::new(Some(most)),
-            waiting: AtomicUsize::new(0),
+            waiting: AtomicBool::new(false),
         }
     }
 
@@ -214,6 +214,23 @@ impl Table {
             });
             self.backends.len() - 1
         })
+    }
+
+    /// Somebody will wait until something has ended, unless it is there now: to be called before that is looked at once more.
+    pub(crate) fn announce_waiting(&self) {
+        self.waiting.store(true, Ordering::SeqCst);
+    }
+
+    /// Something has ended. Whether somebody waits for that.
+    pub(crate) fn take_waiting(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) && self.waiting.swap(false, Ordering::SeqCst)
+    }
+
+    /// Whether a listener may have one more connection.
+    pub(crate) fn has_room(&self, listener: usize) -> bool {
+        let has_room = |backend: &usize| self.backends[*backend].open.has_room();
+        let backends = self.pool(listener).map_or(&[][..], |pool| &pool.backends);
+        self.open.has_room() && self.listeners[listener].open.has_room() && backends.iter().any(has_room)
     }
 
     /// Chooses a backend for a connection of this listener, and counts the connection to it. Those in `not` have failed. `None`:

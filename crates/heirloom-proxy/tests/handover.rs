@@ -7,6 +7,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc;
 use std::thread;
 
+use heirloom_proxy::address::Address;
 use support::*;
 
 #[test]
@@ -129,6 +130,19 @@ fn a_backend_that_leaves_the_configuration_keeps_its_connections_for_the_time_to
     assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
     wait_until(&engine, "it has ended", |report| report.connections == 0);
     assert_eq!(engine.report().backends.len(), 1);
+}
+
+/// Bound anew, it would be in the way of itself.
+#[test]
+fn a_listener_whose_address_is_written_otherwise_is_the_same_one() {
+    let to = backend(echo);
+    let engine = fresh(simple(&[to], ""));
+    let at = address(&engine);
+    let mut config = simple(&[to], "");
+    config.listeners[0].address = Address::to_listen("127.0.0.1:00").unwrap();
+    let engine = hand_over(engine, config, || {});
+    assert_eq!(address(&engine), at);
+    talk(&mut connect(at), "new");
 }
 
 #[test]

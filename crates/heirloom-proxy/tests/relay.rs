@@ -308,3 +308,56 @@ fn ipv6_and_all_addresses_of_a_host() {
     talk(&mut connect(SocketAddr::from(([127, 0, 0, 1], port))), "over IPv4");
     talk(&mut connect(SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, port))), "over IPv6");
 }
+
+#[test]
+fn a_backend_that_reads_no_more_is_heard_to_its_end() {
+    use std::os::unix::net::UnixListener;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("backend");
+    let listener = UnixListener::bind(&path).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.shutdown(Shutdown::Read).unwrap();
+        for n in 0..1000 {
+            stream.write_all(format!("{n:09}\n").repeat(1000).as_bytes()).unwrap();
+        }
+    });
+    let engine =
+        fresh(config(&format!("[[listener]]\nlisten = \"127.0.0.1:0\"\nto = [\"unix:{}\"]", path.display())));
+    let mut client = connect(address(&engine));
+    client.write_all(b"nobody reads this").unwrap();
+    wait_until(&engine, "it is held up", |report| report.pipes_in_use == 1);
+    let (mut heard, mut buffer) = (Vec::new(), vec![0; 1 << 20]);
+    let ended = loop {
+        match client.read(&mut buffer) {
+            Ok(0) => panic!("bytes were lost, and nobody says so"),
+            Ok(count) => heard.extend_from_slice(&buffer[..count]),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(ended.kind(), ErrorKind::ConnectionReset);
+    let expected: String = (0..1000).map(|n| format!("{n:09}\n").repeat(1000)).collect();
+    // The reset comes behind what the kernel has sent, and overtakes what it has not.
+    assert!(expected.as_bytes().starts_with(&heard));
+    wait_until(&engine, "it has ended", |report| report.connections == 0);
+    assert_eq!(engine.report().listeners[0].down_bytes, expected.len() as u64);
+}
+
+#[test]
+fn loops_have_as_many_connections_each() {
+    let mut config = simple(&[backend(echo)], "");
+    config.threads = std::num::NonZeroUsize::new(3);
+    let engine = fresh(config);
+    let mut clients: Vec<TcpStream> = (0..90).map(|_| connect(address(&engine))).collect();
+    clients.iter_mut().for_each(|client| talk(client, "hello"));
+    let balanced = |count: usize| {
+        move |report: &heirloom_proxy::Report| {
+            let of_loops = &report.connections_of_loops;
+            of_loops.iter().sum::<usize>() == count && of_loops.iter().all(|of| of.abs_diff(count / 3) <= 2)
+        }
+    };
+    wait_until(&engine, "each has 30", balanced(90));
+    let engine = hand_over(engine, simple(&[backend(echo)], ""), || {});
+    assert_eq!(engine.report().connections_of_loops, [45, 45]);
+    clients.iter_mut().for_each(|client| talk(client, "hello"));
+}

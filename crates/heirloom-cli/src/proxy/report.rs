@@ -35,7 +35,8 @@ pub(crate) fn table(report: &Report) -> String {
         ),
     );
     row("pipes", format!("{} in use, {} of at most {}", report.pipes_in_use, report.pipes, report.max_pipes));
-    row("threads", report.threads.to_string());
+    let of_loops: Vec<String> = report.connections_of_loops.iter().map(usize::to_string).collect();
+    row("threads", format!("{}, with connections: {}", report.threads, of_loops.join(", ")));
     let mut lines = vec![
         ["LISTENER", "ADDRESS", "POOL", "OPEN", "TOTAL", "REFUSED", "FROM CLIENTS", "TO CLIENTS"]
             .map(String::from),

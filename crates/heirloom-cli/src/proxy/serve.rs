@@ -48,8 +48,7 @@ pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
                 }
             },
             Start::InPlace(taken) => {
-                // There is no way back: what the preflight could do, this can, or says why not.
-                let mut prepared = Prepared::new(config).map_err(anyhow::Error::from)?;
+                let mut prepared = Prepared::in_place(config).map_err(anyhow::Error::from)?;
                 prepared.offer(&taken.bundle).map_err(anyhow::Error::from)?;
                 return resume(*taken, prepared, signals, "upgraded in place");
             }

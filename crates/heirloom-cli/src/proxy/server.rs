@@ -23,6 +23,8 @@ const SIGNALS: Token = Token(1);
 const STOPPING: &str = "the incumbent is stopping";
 /// How long ended connections may take to be written to the access log when the process ends.
 const FLUSH_WITHIN: Duration = Duration::from_secs(1);
+/// The same before the process becomes another program: it is said to have paused meanwhile.
+const FLUSH_IN_PLACE_WITHIN: Duration = Duration::from_millis(100);
 /// The same while nobody serves.
 const FLUSH_FROZEN_WITHIN: Duration = Duration::from_millis(20);
 
@@ -158,7 +160,7 @@ impl Server {
                     let in_place = freeze.is_in_place();
                     if in_place {
                         // Most of it while the loops still run.
-                        self.engine.flush_access_log(FLUSH_WITHIN);
+                        self.engine.flush_access_log(FLUSH_IN_PLACE_WITHIN);
                     }
                     let mut frozen = self.engine.freeze();
                     if in_place {

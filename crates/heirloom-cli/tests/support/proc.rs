@@ -227,9 +227,10 @@ pub(crate) fn signal(pid: u32, signal: Signal) {
     kill_process(pid, signal).expect("kill");
 }
 
-/// How many threads a process has.
-pub(crate) fn threads(pid: u32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/task")).expect("its threads").count()
+/// The names of a process's threads.
+pub(crate) fn threads(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads").flatten();
+    tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok()).collect()
 }
 
 /// How long its threads have run on a processor, in nanoseconds.

@@ -285,9 +285,9 @@ impl Proxy {
     }
 }
 
-/// How many loops the process has: a thread for each, besides the first one.
+/// How many loops the process has.
 fn threads_that_serve(pid: u32) -> usize {
-    threads(pid) - 1
+    threads(pid).iter().filter(|name| name.starts_with("loop ")).count()
 }
 
 /// What a stream has to pass, so that it is still under way when it is to be.

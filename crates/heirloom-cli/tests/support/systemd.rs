@@ -88,6 +88,14 @@ impl Systemd {
         self.ctl(&["daemon-reload"]);
     }
 
+    /// Installs a unit of this project that does not say itself where it listens.
+    pub(crate) fn install_as_shipped(&self, unit: &str) {
+        let shipped = std::fs::read_to_string(repository("units").join(unit)).expect("a unit");
+        assert!(!shipped.contains(AS_SHIPPED), "{unit}");
+        self.write_unit(unit, &shipped);
+        self.ctl(&["daemon-reload"]);
+    }
+
     /// Adds settings to a unit.
     pub(crate) fn drop_in(&self, unit: &str, settings: &str) {
         let directory = format!("{unit}.d");
