@@ -59,7 +59,7 @@ struct Cli {
     /// Which proxies to compare [default: all that are here]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     proxies: Vec<Contender>,
-    /// Also plot how the proxies compare, as SVG files in this directory
+    /// Also write how the proxies compare into this directory, as plots (SVG) and tables (Markdown)
     #[arg(long, value_name = "DIRECTORY")]
     plot: Option<PathBuf>,
     /// Also write the figures to this file, as a JSON list of {suite, case, n, value, unit, floor, ratio}

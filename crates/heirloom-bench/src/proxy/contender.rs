@@ -19,7 +19,7 @@ pub(crate) enum Contender {
     Heirloom,
     /// As it comes: it copies
     Haproxy,
-    /// With `option splice-auto`; steady state only
+    /// With `option splice-request` and `splice-response`; steady state only
     HaproxySplice,
     /// As it comes, with buffers of 16 KiB
     Nginx,
@@ -106,14 +106,18 @@ impl Contender {
                 arguments
             }
             Contender::Haproxy | Contender::HaproxySplice => {
-                let option = if self == Contender::HaproxySplice { "option splice-auto" } else { "" };
+                let options = match self {
+                    // `splice-auto` hardly ever does.
+                    Contender::HaproxySplice => " option splice-request\n option splice-response\n",
+                    _ => "",
+                };
                 let stats = path("stats.sock");
                 std::fs::write(
                     path("haproxy.cfg"),
                     format!(
                         "global\n nbthread {threads}\n maxconn {MOST_CONNECTIONS}\n \
                          stats socket {} mode 600 level admin expose-fd listeners\n\
-                         defaults\n mode tcp\n {option}\n timeout connect 5s\n timeout client 1h\n timeout server 1h\n\
+                         defaults\n mode tcp\n{options} timeout connect 5s\n timeout client 1h\n timeout server 1h\n\
                          frontend f\n bind {listen}\n default_backend b\n\
                          backend b\n server s {to}\n",
                         stats.display()

@@ -10,7 +10,9 @@ use crate::proxy::running::{Cause, Running};
 use crate::proxy::sampling::Task;
 
 const CONNECTIONS: [usize; 4] = [10, 100, 1000, 6000];
-/// How long the end of the process before is waited for: some have none.
+/// How long the end of the process before is waited for: with this project's the handover ends with it …
+const PATIENCE: Duration = Duration::from_secs(10);
+/// … and with the others, which keep it, has long begun to serve what is new.
 const WAIT: Duration = Duration::from_millis(300);
 /// Around what is sampled.
 const MARGIN: Duration = Duration::from_millis(50);
@@ -73,7 +75,8 @@ impl Sampled {
         let began = Instant::now();
         self.clients.tell(&Task::Begin)?;
         std::thread::sleep(MARGIN);
-        self.proxy.hand_over(Cause::Reload, WAIT)?;
+        let wait = if self.contender == Contender::Heirloom { PATIENCE } else { WAIT };
+        self.proxy.hand_over(Cause::Reload, wait)?;
         std::thread::sleep(MARGIN);
         let watched = began.elapsed();
         let with = self.end()?;

@@ -1,4 +1,5 @@
-//! Plots of what was compared, as SVG: bars for each case, and lines where a quantity is told by the number of connections.
+//! What was compared, for a page: plots as SVG, with bars for each case, and lines where a quantity is told by the number of
+//! connections; and a table for each suite as Markdown.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -71,7 +72,7 @@ const BARS: [Plot; 7] = [
     },
 ];
 
-/// Writes a plot of whatever was measured into the directory.
+/// Writes plots and tables of whatever was measured into the directory.
 pub(crate) fn write(comparisons: &[Comparison], directory: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     let save = |file: &str, svg: String| {
@@ -95,7 +96,29 @@ pub(crate) fn write(comparisons: &[Comparison], directory: &Path) -> anyhow::Res
             lines("What a handover adds to the longest gap, µs (median; less is better)", &gaps),
         )?;
     }
+    for one_suite in comparisons.chunk_by(|one, next| one.suite == next.suite) {
+        save(&format!("{}.md", one_suite[0].suite), table(one_suite))?;
+    }
     Ok(())
+}
+
+/// The medians of a suite, in Markdown.
+fn table(all: &[Comparison]) -> String {
+    let mut table = String::from("| |");
+    for (name, _) in &all[0].columns {
+        let _ = write!(table, " {name} |");
+    }
+    let _ = write!(table, "\n|---|{}\n", "---|".repeat(all[0].columns.len()));
+    for one in all {
+        let unit = if one.unit.is_empty() { String::new() } else { format!(", {}", one.unit) };
+        let _ = write!(table, "| {}{unit} |", one.case);
+        for (name, _) in &one.columns {
+            let median = one.medians().find(|(column, _)| column == name);
+            let _ = write!(table, " {} |", median.map_or(String::new(), |(_, value)| brief(value)));
+        }
+        table.push('\n');
+    }
+    table
 }
 
 /// How many connections a gap was measured with, if it is one of those to be drawn.
@@ -223,7 +246,12 @@ mod tests {
             .map(|entry| entry.expect("entry").file_name().into_string().expect("a name"))
             .collect();
         files.sort();
-        assert_eq!(files, ["gap.svg", "streams.svg"]);
+        assert_eq!(files, ["gap.md", "gap.svg", "relay.md", "streams.svg"]);
+        let table = std::fs::read_to_string(directory.path().join("relay.md")).expect("read");
+        assert_eq!(
+            table,
+            "| | direct | heirloom | nginx |\n|---|---|---|---|\n| 1 stream, GB/s |  | 2 | 4 |\n"
+        );
         let streams = std::fs::read_to_string(directory.path().join("streams.svg")).expect("read");
         assert!(streams.contains("4 GB/s") && !streams.contains(DIRECT), "{streams}");
     }
