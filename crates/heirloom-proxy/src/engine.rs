@@ -16,6 +16,9 @@ use crate::rates::Rates;
 use crate::report::Report;
 use crate::shared::Shared;
 
+/// How many connections are looked at before a loop goes on.
+const AT_ONCE: usize = 64;
+
 /// A proxy that serves in threads of its own. Dropped, it stops: the threads end, nothing is passed on any more, and no connection
 /// is shut down; they end with the process, unless a successor has them.
 ///
@@ -60,19 +63,25 @@ impl Engine {
     }
 
     /// Everything as it is now, to be offered. From now on the loops keep account of what changes, until
-    /// [`reclaim`](Engine::reclaim). Each loop stops for as long as its connections are looked at.
+    /// [`reclaim`](Engine::reclaim). They go on meanwhile: some connections at a time are looked at.
     pub fn offer(&mut self) -> Base {
         let mut items: Items = Vec::new();
-        let mut snapshots = Vec::new();
+        let mut snapshots = Vec::with_capacity(AT_ONCE);
         for state in &self.loops {
-            let mut state = state.lock().expect("a loop does not panic");
-            items.extend(
-                state.doors.iter().map(|door| door_item(door.key, door.listener, door.kind, &door.socket)),
-            );
-            state.lend(&mut snapshots);
+            let keys = {
+                let mut state = state.lock().expect("a loop does not panic");
+                let doors = state.doors.iter();
+                items.extend(doors.map(|door| door_item(door.key, door.listener, door.kind, &door.socket)));
+                state.begin_lending()
+            };
+            items.reserve(2 * keys.len());
+            for some in keys.chunks(AT_ONCE) {
+                state.lock().expect("a loop does not panic").lend(some, &mut snapshots);
+                snapshots.drain(..).for_each(|snapshot| snapshot.items(&mut items));
+            }
         }
-        snapshots.into_iter().for_each(|snapshot| snapshot.items(&mut items));
-        items.sort_unstable_by_key(|(entry, _)| entry.id);
+        // Those of each loop are in order by now, which makes this cheap.
+        items.sort_by_key(|(entry, _)| entry.id);
         let (entries, lent): (Vec<_>, Vec<_>) = items.into_iter().unzip();
         self.lent = Some(entries.iter().map(|entry| entry.id).zip(lent).collect());
         let state = ServiceState::of(&self.shared.table, self.rates.samples().to_vec());

@@ -11,30 +11,42 @@ use crate::id::Key;
 use crate::socket;
 
 impl EventLoop {
-    /// Begins to keep account, and shows what there is. A connection that is not relayed yet is handed over at the freeze.
-    pub(crate) fn lend(&mut self, snapshots: &mut Vec<Snapshot>) {
+    /// Begins to keep account of what changes, and tells what there is, in ascending order.
+    pub(crate) fn begin_lending(&mut self) -> Vec<Key> {
+        self.reclaim();
         self.wake_all();
         self.lending = true;
-        self.touched.clear();
-        self.ended.clear();
-        for (&key, connection) in &mut self.connections {
+        let mut keys: Vec<Key> = self.connections.keys().copied().collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    /// Shows some of those that there were, as far as they are still there. One that is not relayed yet is handed over at the
+    /// freeze.
+    pub(crate) fn lend(&mut self, keys: &[Key], snapshots: &mut Vec<Snapshot>) {
+        for &key in keys {
+            let Some(connection) = self.connections.get_mut(&key) else { continue };
             connection.offered = connection.stage == Stage::Relaying;
-            // What is in a pipe travels at the freeze, even if nothing changes until then.
-            let has_pipe = connection.up.pipe.is_some() || connection.down.pipe.is_some();
-            connection.touched = !connection.offered || has_pipe;
-            if connection.touched {
-                self.touched.push(key);
-            }
             if connection.offered {
                 snapshots.push(Snapshot::of(key, connection, None));
+            }
+            // What is in a pipe travels at the freeze, even if nothing changes until then.
+            let has_pipe = connection.up.pipe.is_some() || connection.down.pipe.is_some();
+            if !connection.offered || has_pipe {
+                self.touch(key);
             }
         }
     }
 
+    /// Keeps account no longer.
     pub(crate) fn reclaim(&mut self) {
-        self.lending = false;
-        self.touched = Vec::new();
-        self.ended = Vec::new();
+        if mem::take(&mut self.lending) {
+            for connection in self.connections.values_mut() {
+                (connection.offered, connection.touched) = (false, false);
+            }
+            self.touched = Vec::new();
+            self.ended = Vec::new();
+        }
     }
 
     /// Those that have changed or are new, and those that have ended. Connections on the way from another loop arrive here first.

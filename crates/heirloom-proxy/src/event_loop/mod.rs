@@ -253,7 +253,7 @@ impl EventLoop {
     }
 
     /// A successor will have to be told of it.
-    fn touch(&mut self, key: Key) {
+    pub(super) fn touch(&mut self, key: Key) {
         if self.lending
             && let Some(connection) = self.connections.get_mut(&key)
             && !mem::replace(&mut connection.touched, true)
