@@ -16,7 +16,30 @@ use crate::socket::Socket;
 /// The dormant connections of a loop. Their descriptors are in the bundle until they are woken.
 pub(crate) struct Dormant {
     bundle: Arc<Mutex<Bundle>>,
+    sleepers: Sleepers,
+}
+
+/// All that is known of them before they are this process's own, made while nobody waits for it.
+#[derive(Debug, Default)]
+pub(crate) struct Sleepers {
     connections: KeyMap<Sleeper>,
+    /// The keys of all, and of some that have gone.
+    keys: Vec<Key>,
+    urgent: Vec<Key>,
+}
+
+impl Sleepers {
+    pub(crate) fn insert(&mut self, key: Key, sleeper: Sleeper) {
+        if sleeper.urgent {
+            self.urgent.push(key);
+        }
+        self.keys.push(key);
+        self.connections.insert(key, sleeper);
+    }
+
+    pub(crate) fn remove(&mut self, key: Key) -> Option<Sleeper> {
+        self.connections.remove(&key)
+    }
 }
 
 /// What is known of a connection that came.
@@ -38,30 +61,36 @@ pub(crate) struct Woken {
 }
 
 impl Dormant {
-    pub(crate) fn new(bundle: Arc<Mutex<Bundle>>, connections: KeyMap<Sleeper>) -> Dormant {
-        Dormant { bundle, connections }
+    pub(crate) fn new(bundle: Arc<Mutex<Bundle>>, sleepers: Sleepers) -> Dormant {
+        Dormant { bundle, sleepers }
     }
 
     pub(crate) fn has(&self, key: Key) -> bool {
-        self.connections.contains_key(&key)
-    }
-
-    pub(crate) fn any(&self) -> Option<Key> {
-        self.connections.keys().next().copied()
+        self.sleepers.connections.contains_key(&key)
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.connections.len()
+        self.sleepers.connections.len()
+    }
+
+    /// The next one that is still to be woken.
+    pub(crate) fn next(&mut self) -> Option<Key> {
+        while let Some(key) = self.sleepers.keys.pop() {
+            if self.has(key) {
+                return Some(key);
+            }
+        }
+        None
     }
 
     /// Those that cannot wait for an event.
-    pub(crate) fn urgent(&self) -> Vec<Key> {
-        self.connections.iter().filter(|(_, sleeper)| sleeper.urgent).map(|(key, _)| *key).collect()
+    pub(crate) fn take_urgent(&mut self) -> Vec<Key> {
+        std::mem::take(&mut self.sleepers.urgent)
     }
 
     /// Wakes one. The error is the name of what is missing.
     pub(crate) fn take(&mut self, key: Key) -> Option<Result<Woken, &'static str>> {
-        let Sleeper { state, registered, urgent } = self.connections.remove(&key)?;
+        let Sleeper { state, registered, urgent } = self.sleepers.remove(key)?;
         let mut bundle = self.bundle.lock().expect("nobody panics with it");
         let connection = connection(&mut bundle, key, &state);
         Some(connection.map(|connection| Woken { connection, registered, urgent }))

@@ -19,7 +19,7 @@ use mio::{Interest, Poll, Waker};
 
 use crate::access::AccessWriter;
 use crate::address::Address;
-use crate::arriving::{Dormant, Sleeper};
+use crate::arriving::{Dormant, Sleeper, Sleepers};
 use crate::bound::Bound;
 use crate::clock;
 use crate::config::{AccessLog, Config};
@@ -73,7 +73,7 @@ struct Offered {
     bound: Vec<Bound>,
     /// The incumbent's listeners, and which of ours they are.
     doors: BTreeMap<ItemId, Option<usize>>,
-    sleepers: Vec<KeyMap<Sleeper>>,
+    sleepers: Vec<Sleepers>,
     places: Places,
     state: ServiceState,
 }
@@ -194,7 +194,7 @@ impl Prepared {
         let mut doors = BTreeMap::new();
         let mut otherwise_written = Vec::new();
         let mut free: BTreeSet<usize> = (0..self.config.listeners.len()).collect();
-        let mut sleepers: Vec<KeyMap<Sleeper>> = self.polls.iter().map(|_| KeyMap::default()).collect();
+        let mut sleepers: Vec<Sleepers> = self.polls.iter().map(|_| Sleepers::default()).collect();
         for entry in entries {
             if entry.name == LISTENER {
                 let door: DoorState = decode(&entry.state, "a listener").map_err(EngineError::State)?;
@@ -288,7 +288,7 @@ impl Prepared {
         }
         for id in changes.ended.iter().chain(&changes.changed) {
             let key = Key::of(*id);
-            if let Some(sleeper) = offered.sleepers[self.homes.of(key, count)].remove(&key) {
+            if let Some(sleeper) = offered.sleepers[self.homes.of(key, count)].remove(key) {
                 table.discount(&sleeper.state);
             }
         }

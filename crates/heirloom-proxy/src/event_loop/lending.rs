@@ -53,7 +53,7 @@ impl EventLoop {
     pub(crate) fn changes(&mut self) -> (Vec<Key>, Vec<Key>) {
         for (key, mut connection) in self.shared.loops[self.number].take() {
             connection.touched = true;
-            self.connections.insert(key, connection);
+            self.connections.insert(key, Box::new(connection));
             self.waiting.push_back(key);
             self.touched.push(key);
         }

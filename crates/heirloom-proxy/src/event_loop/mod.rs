@@ -39,7 +39,8 @@ pub(crate) struct EventLoop {
     pub(crate) number: usize,
     pub(crate) shared: Arc<Shared>,
     pub(crate) registry: Registry,
-    pub(crate) connections: KeyMap<Connection>,
+    /// Each in a place of its own, so that the map is small, and no turn has much to move when it grows.
+    pub(crate) connections: KeyMap<Box<Connection>>,
     pub(crate) doors: Vec<Door>,
     pub(crate) pipes: Pipes,
     pub(crate) timers: crate::timers::Timers,
@@ -247,7 +248,7 @@ impl EventLoop {
 
     /// Takes in a connection that was just accepted.
     fn begin(&mut self, key: Key, connection: Connection) {
-        self.connections.insert(key, connection);
+        self.connections.insert(key, Box::new(connection));
         self.touch(key);
         self.connect(key);
     }

@@ -18,7 +18,7 @@ impl EventLoop {
     /// Wakes some of those that were taken over and have not moved yet.
     pub(super) fn wake_some(&mut self) {
         for _ in 0..WOKEN {
-            match self.dormant.as_ref().and_then(Dormant::any) {
+            match self.dormant.as_mut().and_then(Dormant::next) {
                 Some(key) => self.wake(key),
                 None => {
                     self.dormant = None;
@@ -29,10 +29,10 @@ impl EventLoop {
     }
 
     /// Takes over what is dormant.
-    pub(crate) fn go_on_with(&mut self, dormant: Dormant) {
+    pub(crate) fn go_on_with(&mut self, mut dormant: Dormant) {
         let load = &self.shared.loops[self.number].load;
         load.store(dormant.len(), Ordering::Relaxed);
-        self.urgent = dormant.urgent();
+        self.urgent = dormant.take_urgent();
         self.dormant = Some(dormant);
     }
 
@@ -85,7 +85,7 @@ impl EventLoop {
             (connection.up.writable, connection.down.readable) = (false, false);
         }
         let has_server = connection.server.is_some();
-        self.connections.insert(key, connection);
+        self.connections.insert(key, Box::new(connection));
         match stage {
             Stage::Waiting => self.waiting.push_back(key),
             Stage::Connecting if has_server => {
