@@ -122,6 +122,13 @@ impl Chain {
     }
 }
 
+impl Drop for Chain {
+    fn drop(&mut self) {
+        // It serves until it is replaced.
+        self.incumbent.kill();
+    }
+}
+
 fn start(way: Way, control: &Path, state_bytes: usize, first: Option<usize>) -> anyhow::Result<Process> {
     let mut arguments: Vec<OsString> =
         vec!["server".into(), way.name().into(), control.into(), state_bytes.to_string().into()];

@@ -54,6 +54,11 @@ impl Process {
         read_line(&mut self.says)?.context("a process of the measurement ended early; it says why above")
     }
 
+    /// Ends one that does not end with its stdin.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+    }
+
     /// Waits until it has ended by itself.
     pub(crate) fn ended(mut self) -> anyhow::Result<()> {
         let status = self.child.wait()?;
