@@ -84,7 +84,9 @@ impl Measured {
             let value = percentile(&self.values, percent) as f64 / ns;
             let floor = percentile(&self.floors, percent) as f64 / ns;
             let case = format!("{}, {name}", self.case);
-            Figure::new(self.suite, case, self.values.len() as u64, value, unit, Some(floor))
+            // Memory that was there already, for instance.
+            let floor = Some(floor).filter(|floor| *floor > 0.0);
+            Figure::new(self.suite, case, self.values.len() as u64, value, unit, floor)
         })
     }
 }
