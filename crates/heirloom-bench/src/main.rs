@@ -143,6 +143,9 @@ fn measure(cli: &Cli) -> anyhow::Result<()> {
     let suites = if cli.suites.is_empty() { Suite::value_variants() } else { &cli.suites };
     let (of_proxies, of_takeovers): (Vec<Suite>, Vec<Suite>) =
         suites.iter().partition(|suite| suite.is_of_proxies());
+    if !of_proxies.is_empty() {
+        proxy::check(&cli.proxies)?;
+    }
     let mut figures = Vec::new();
     if !of_takeovers.is_empty() {
         measure_takeovers(&of_takeovers, cli, &mut figures)?;

@@ -44,6 +44,15 @@ pub(crate) fn measure(
     }
 }
 
+/// Whether all can be measured that has to be. Before anything else is: that may take long.
+pub(crate) fn check(wanted: &[Contender]) -> anyhow::Result<()> {
+    let ours = Contender::Heirloom;
+    match ours.program() {
+        Err(missing) if wanted.is_empty() || wanted.contains(&ours) => bail!(missing),
+        _ => Ok(()),
+    }
+}
+
 /// Those that are wanted and here. What others have made may be missing, this project's not.
 fn present(wanted: &[Contender]) -> anyhow::Result<Vec<Contender>> {
     let wanted = if wanted.is_empty() { Contender::value_variants() } else { wanted };
