@@ -27,9 +27,7 @@ const AT_ONCE: usize = 64;
 /// use heirloom_proxy::{Engine, EngineError, Prepared};
 ///
 /// fn fresh(config: heirloom_proxy::Config) -> Result<Engine, EngineError> {
-///     let mut prepared = Prepared::new(config)?;
-///     prepared.offer(&Bundle::new())?;
-///     Ok(prepared.start(Bundle::new()))
+///     Ok(Prepared::new(config)?.offer(&Bundle::new())?.start(Bundle::new()))
 /// }
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -96,11 +94,6 @@ impl Engine {
     /// A descriptor of what was offered.
     pub fn descriptor(&self, id: ItemId) -> Option<BorrowedFd<'_>> {
         self.lent.as_ref()?.get(&id).map(AsFd::as_fd)
-    }
-
-    /// Whether something is offered.
-    pub fn is_lending(&self) -> bool {
-        self.lent.is_some()
     }
 
     /// Nothing has come of the offer.

@@ -4,27 +4,24 @@
 //! nobody listens, and threads wait behind a gate. Dropped, it leaves nothing behind.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::{io, mem};
 
 use heirloom::manifest::Base;
-use heirloom::manifest::Changes;
 use heirloom::runtime::mio::register;
-use heirloom::{Bundle, Entry, ItemId, Kind};
+use heirloom::{Bundle, Entry, ItemId};
 use heirloom_sys::SignalMask;
 use mio::{Interest, Poll, Waker};
 
 use crate::access::AccessWriter;
 use crate::address::Address;
-use crate::arriving::{Dormant, Sleeper, Sleepers};
+use crate::arriving::{Sleeper, Sleepers};
 use crate::bound::Bound;
 use crate::clock;
 use crate::config::{AccessLog, Config};
-use crate::door::Door;
-use crate::engine::Engine;
 use crate::error::EngineError;
 use crate::event_loop::{self, EventLoop, WAKE};
 use crate::gate::Gate;
@@ -33,9 +30,8 @@ use crate::handover::{
 };
 use crate::id::{Key, KeyMap, Keys, token};
 use crate::plan::Plan;
-use crate::rates::Rates;
+use crate::ready::{Ready, Threads};
 use crate::shared::{Post, Shared};
-use crate::socket::{self, TcpOptions, set_inherited};
 use crate::table::Table;
 
 /// A proxy that does not serve yet: all that costs time is done in it while an incumbent still serves. It touches nothing of what is
@@ -48,9 +44,8 @@ use crate::table::Table;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let config = Config::parse("listener = [{ listen = '127.0.0.1:0', to = ['127.0.0.1:7'] }]", "echo.toml")?;
 /// // Nobody hands anything over:
-/// let mut prepared = Prepared::new(config)?;
-/// prepared.offer(&Bundle::new())?;
-/// let engine = prepared.start(Bundle::new());
+/// let ready = Prepared::new(config)?.offer(&Bundle::new())?;
+/// let engine = ready.start(Bundle::new());
 /// assert_eq!(engine.report().connections, 0);
 /// # Ok(()) }
 /// ```
@@ -63,27 +58,14 @@ pub struct Prepared {
     homes: Homes,
     /// There is no way back: what cannot be had is gone without.
     no_way_back: bool,
-    offered: Option<Offered>,
-}
-
-/// What is known once everything was offered.
-struct Offered {
-    shared: Arc<Shared>,
-    loops: Vec<Arc<Mutex<EventLoop>>>,
-    bound: Vec<Bound>,
-    /// The incumbent's listeners, and which of ours they are.
-    doors: BTreeMap<ItemId, Option<usize>>,
-    sleepers: Vec<Sleepers>,
-    places: Places,
-    state: ServiceState,
 }
 
 /// Which loop each connection goes to: as many to each.
 #[derive(Default)]
-struct Homes(KeyMap<usize>);
+pub(crate) struct Homes(KeyMap<usize>);
 
 impl Homes {
-    fn of(&mut self, key: Key, loops: usize) -> usize {
+    pub(crate) fn of(&mut self, key: Key, loops: usize) -> usize {
         let next = self.0.len() % loops;
         *self.0.entry(key).or_insert(next)
     }
@@ -133,7 +115,7 @@ impl Prepared {
     ) -> Result<Prepared, EngineError> {
         let polls = (0..plan.threads).map(|_| Poll::new()).collect::<io::Result<_>>()?;
         let (registered, homes) = (BTreeSet::new(), Homes::default());
-        Ok(Prepared { config, plan, polls, access, registered, homes, no_way_back, offered: None })
+        Ok(Prepared { config, plan, polls, access, registered, homes, no_way_back })
     }
 
     /// Whether what somebody would hand over could be gone on with, and all addresses had; for a preflight.
@@ -141,8 +123,8 @@ impl Prepared {
     /// # Errors
     ///
     /// It could not.
-    pub fn check(mut self, base: &Base) -> Result<(), EngineError> {
-        self.consider(base.state.as_deref(), base.items.iter())
+    pub fn check(self, base: &Base) -> Result<(), EngineError> {
+        self.consider(base.state.as_deref(), base.items.iter()).map(drop)
     }
 
     /// Registers a socket of an offer with the poller of its loop, for reading. What is none is left alone.
@@ -165,15 +147,15 @@ impl Prepared {
     /// # Errors
     ///
     /// An address cannot be had, or the state cannot be read.
-    pub fn offer(&mut self, bundle: &Bundle) -> Result<(), EngineError> {
+    pub fn offer(self, bundle: &Bundle) -> Result<Ready, EngineError> {
         self.consider(bundle.encoded_state(), bundle.entries())
     }
 
     fn consider<'e>(
-        &mut self,
+        mut self,
         state: Option<&[u8]>,
         entries: impl Iterator<Item = &'e Entry>,
-    ) -> Result<(), EngineError> {
+    ) -> Result<Ready, EngineError> {
         let state: ServiceState = match state {
             Some(state) => decode(state, "the proxy").map_err(EngineError::State)?,
             None => ServiceState::default(),
@@ -251,132 +233,32 @@ impl Prepared {
             access: self.access.take(),
             short_until: AtomicU64::new(0),
         });
-        let loops = self.spawn(&shared)?;
-        self.offered = Some(Offered { shared, loops, bound, doors, sleepers, places, state });
-        Ok(())
+        let threads = self.spawn(shared)?;
+        let Prepared { config, registered, homes, .. } = self;
+        Ok(Ready { config, registered, homes, threads, bound, doors, sleepers, places, state })
     }
 
     /// Starts the threads, which wait behind the gate.
-    fn spawn(&mut self, shared: &Arc<Shared>) -> io::Result<Vec<Arc<Mutex<EventLoop>>>> {
-        let spawned = mem::take(&mut self.polls).into_iter().enumerate().map(|(number, poll)| {
-            let registry = poll.registry().try_clone()?;
-            let state = EventLoop::new(number, Arc::clone(shared), registry, self.plan.pipes);
-            let state = Arc::new(Mutex::new(state));
-            let (of_thread, shared) = (Arc::clone(&state), Arc::clone(shared));
-            let run = move || event_loop::run(poll, &of_thread, &shared);
-            thread::Builder::new().name(format!("loop {number}")).spawn(run)?;
-            Ok(state)
-        });
-        let loops = without_signals(|| spawned.collect());
-        if loops.is_err() {
-            shared.gate.abandon();
-        }
-        loops
-    }
-
-    /// Takes in what has changed since the offer.
-    ///
-    /// # Errors
-    ///
-    /// The state cannot be read.
-    pub fn complete(&mut self, bundle: &Bundle, changes: &Changes) -> Result<(), EngineError> {
-        let Some(offered) = &mut self.offered else { return Ok(()) };
-        let table = &offered.shared.table;
-        let count = offered.sleepers.len();
-        if let Some(state) = bundle.encoded_state() {
-            offered.state = decode(state, "the proxy").map_err(EngineError::State)?;
-        }
-        for id in changes.ended.iter().chain(&changes.changed) {
-            let key = Key::of(*id);
-            if let Some(sleeper) = offered.sleepers[self.homes.of(key, count)].remove(key) {
-                table.discount(&sleeper.state);
+    fn spawn(&mut self, shared: Arc<Shared>) -> io::Result<Threads> {
+        let mut threads = Threads { shared, loops: Vec::new(), begun: false };
+        without_signals(|| {
+            for (number, poll) in mem::take(&mut self.polls).into_iter().enumerate() {
+                let (shared, registry) = (Arc::clone(&threads.shared), poll.registry().try_clone()?);
+                let state = EventLoop::new(number, Arc::clone(&shared), registry, self.plan.pipes);
+                let state = Arc::new(Mutex::new(state));
+                threads.loops.push(Arc::clone(&state));
+                let run = move || event_loop::run(poll, &state, &shared);
+                thread::Builder::new().name(format!("loop {number}")).spawn(run)?;
             }
-        }
-        for id in changes.changed.iter().chain(&changes.added) {
-            let Some(entry) = bundle.entry(*id).filter(|entry| entry.name == CLIENT) else { continue };
-            let state = offered.places.read(table, &entry.state).map_err(EngineError::State)?;
-            table.count(&state);
-            let (key, registered) = (Key::of(*id), self.registered.contains(id));
-            let sleeper = Sleeper { state, registered, urgent: true };
-            offered.sleepers[self.homes.of(key, count)].insert(key, sleeper);
-        }
-        Ok(())
-    }
-
-    /// Serves. The bundle is this process's own by now.
-    ///
-    pub fn start(mut self, mut bundle: Bundle) -> Engine {
-        let offered = self.offered.take().expect("what is handed over was looked at");
-        let Offered { shared, loops, bound, doors, sleepers, places, state } = offered;
-        shared.keys.at_least(bundle.next_id());
-        shared.go_on_counting(&places, &state);
-        let mut listening = Vec::new();
-        for (id, ours) in doors {
-            let kind = bundle.entry(id).map_or(Kind::Other, |entry| entry.kind);
-            let Some(socket) = bundle.remove(id) else { continue };
-            match ours {
-                Some(at) => listening.push((Key::of(id), at, socket, kind)),
-                None => retire(socket, kind),
-            }
-        }
-        for bound in bound {
-            let at = bound.listener;
-            let listener = &self.config.listeners[at];
-            match bound.listen(listener.backlog) {
-                Ok((socket, kind)) => listening.push((shared.keys.take(), at, socket, kind)),
-                // The address was there when it was bound.
-                Err(error) => {
-                    tracing::error!(listener = %listener.name, address = %listener.address, %error, "cannot listen");
-                }
-            }
-        }
-        let bundle = Arc::new(Mutex::new(bundle));
-        let dormant = sleepers.into_iter().map(|sleepers| Dormant::new(Arc::clone(&bundle), sleepers));
-        let mut states: Vec<_> = loops.iter().map(|state| state.lock().expect("it has not begun")).collect();
-        for (state, dormant) in states.iter_mut().zip(dormant) {
-            state.go_on_with(dormant);
-        }
-        for (key, at, socket, kind) in listening {
-            self.open(&mut states, Door::new(key, at, socket, kind), &shared);
-        }
-        drop(states);
-        shared.gate.open();
-        Engine::new(shared, loops, Rates::from(state.samples), self.config.clone())
-    }
-
-    /// Lets a loop accept at a listener.
-    fn open(&self, states: &mut [MutexGuard<'_, EventLoop>], door: Door, shared: &Shared) {
-        let listener = &self.config.listeners[door.listener];
-        let options = TcpOptions { nodelay: listener.nodelay, keepalive: listener.keepalive };
-        let set = match door.kind {
-            Kind::TcpListener => set_inherited(&door.socket, options),
-            _ => socket::set_mode(listener.address.place(), listener.mode),
-        };
-        let at = door.listener % states.len();
-        let state = &mut states[at];
-        let (descriptor, token) = (Arc::clone(&door.socket), token(door.key.first()));
-        let watched = register(&state.registry, descriptor.as_fd(), token, Interest::READABLE);
-        // A new owner, and perhaps a new length of the queue.
-        let again = rustix::net::listen(&descriptor, listener.backlog.try_into().unwrap_or(i32::MAX));
-        for error in [set, watched, again.map_err(Into::into)].into_iter().filter_map(Result::err) {
-            tracing::error!(listener = %listener.name, %error, "cannot set up a listener");
-        }
-        shared.table.listeners[door.listener].set_bound(socket::name(&descriptor, &listener.address));
-        state.doors.push(door);
-    }
-}
-
-impl Drop for Prepared {
-    fn drop(&mut self) {
-        if let Some(offered) = &self.offered {
-            offered.shared.gate.abandon();
-        }
+            Ok(())
+        })?;
+        Ok(threads)
     }
 }
 
 impl Places {
     /// The state of a connection, with our own places in it.
-    fn read(&self, table: &Table, state: &[u8]) -> Result<ConnectionState, String> {
+    pub(crate) fn read(&self, table: &Table, state: &[u8]) -> Result<ConnectionState, String> {
         let mut state: ConnectionState = decode(state, "a connection")?;
         let listener = self.listeners.get(state.listener);
         state.listener = *listener.ok_or("a connection is of a listener that is not there")?;
@@ -396,13 +278,13 @@ impl Places {
 
 impl Table {
     /// A connection is there already.
-    fn count(&self, state: &ConnectionState) {
+    pub(crate) fn count(&self, state: &ConnectionState) {
         self.open.add();
         self.listeners[state.listener].open.add();
         state.backend.iter().for_each(|&backend| self.backends[backend].open.add());
     }
 
-    fn discount(&self, state: &ConnectionState) {
+    pub(crate) fn discount(&self, state: &ConnectionState) {
         self.open.remove();
         self.listeners[state.listener].open.remove();
         state.backend.iter().for_each(|&backend| self.backends[backend].open.remove());
@@ -425,14 +307,6 @@ fn without_signals<T>(start: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let started = start();
     mask.set()?;
     started
-}
-
-/// Ends a listener that is no longer configured: those who wait in its queue are reset, as they would be if it had ended before.
-fn retire(socket: OwnedFd, kind: Kind) {
-    if kind == Kind::UnixListener {
-        socket::remove_path(&socket);
-    }
-    drop(socket);
 }
 
 /// The time at which a connection has to end whose backend is no longer configured, if it has to.

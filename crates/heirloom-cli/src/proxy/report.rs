@@ -81,15 +81,17 @@ fn open(now: usize, most: Option<usize>) -> String {
 
 /// An amount for people.
 fn bytes(count: f64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let mut count = count;
-    for unit in UNITS {
-        if count < 999.95 || unit == UNITS[4] {
-            return if unit == "B" { format!("{count:.0} B") } else { format!("{count:.1} {unit}") };
+    if count < 999.95 {
+        return format!("{count:.0} B");
+    }
+    let mut count = count / 1000.0;
+    for unit in ["kB", "MB", "GB"] {
+        if count < 999.95 {
+            return format!("{count:.1} {unit}");
         }
         count /= 1000.0;
     }
-    unreachable!("the last unit has no end")
+    format!("{count:.1} TB")
 }
 
 /// Lines with columns below each other, after an empty one.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow};
 use heirloom::{Bundle, NoRequests, Service, Start, Successor, Taken};
-use heirloom_proxy::{Config, Prepared};
+use heirloom_proxy::{Config, Prepared, Ready};
 
 use super::Args;
 use super::server::Server;
@@ -30,7 +30,7 @@ pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
         match start(args, &path)? {
             Start::Fresh(incumbent) => {
                 let engine = match fresh(config) {
-                    Ok(prepared) => prepared.start(Bundle::new()),
+                    Ok(ready) => ready.start(Bundle::new()),
                     Err(error) => {
                         incumbent.retire();
                         return Err(error.into());
@@ -43,14 +43,14 @@ pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
                     tracing::warn!("{failure}; starting again");
                 }
                 taken => {
-                    let (taken, prepared) = taken?;
-                    return resume(taken, prepared, signals, "took over");
+                    let (taken, ready) = taken?;
+                    return resume(taken, ready, signals, "took over");
                 }
             },
             Start::InPlace(taken) => {
-                let mut prepared = Prepared::in_place(config).map_err(anyhow::Error::from)?;
-                prepared.offer(&taken.bundle).map_err(anyhow::Error::from)?;
-                return resume(*taken, prepared, signals, "upgraded in place");
+                let prepared = Prepared::in_place(config).map_err(anyhow::Error::from)?;
+                let ready = prepared.offer(&taken.bundle).map_err(anyhow::Error::from)?;
+                return resume(*taken, ready, signals, "upgraded in place");
             }
             Start::Preflight(preflight) => {
                 let checked = Prepared::new(config).and_then(|prepared| prepared.check(preflight.base()));
@@ -83,36 +83,32 @@ fn answer(args: &Args, path: &Path, checked: anyhow::Result<()>) -> Result<Exit,
     Ok(Exit::Failed)
 }
 
-fn fresh(config: Config) -> anyhow::Result<Prepared> {
-    let mut prepared = Prepared::new(config)?;
-    prepared.offer(&Bundle::new())?;
-    Ok(prepared)
+fn fresh(config: Config) -> anyhow::Result<Ready> {
+    Ok(Prepared::new(config)?.offer(&Bundle::new())?)
 }
 
 /// Takes everything over, with what costs time done while the incumbent still serves.
-fn take_over(successor: Successor, config: Config) -> Result<(Taken<NoRequests>, Prepared), Failure> {
+fn take_over(successor: Successor, config: Config) -> Result<(Taken<NoRequests>, Ready), Failure> {
     let mut prepared = Prepared::new(config).map_err(rolled_back)?;
     let offered = successor.receive_each(|entry, descriptor| prepared.register(entry, descriptor))?;
-    if let Err(error) = prepared.offer(offered.bundle()) {
-        offered.withdraw(&error);
-        return Err(rolled_back(error));
-    }
+    let mut ready = match prepared.offer(offered.bundle()) {
+        Ok(ready) => ready,
+        Err(error) => {
+            offered.withdraw(&error);
+            return Err(rolled_back(error));
+        }
+    };
     let complete = offered.ready()?;
-    if let Err(error) = prepared.complete(complete.bundle(), complete.changes()) {
+    if let Err(error) = ready.complete(complete.bundle(), complete.changes()) {
         complete.withdraw(&error);
         return Err(rolled_back(error));
     }
-    Ok((complete.accept()?, prepared))
+    Ok((complete.accept()?, ready))
 }
 
-fn resume(
-    taken: Taken<NoRequests>,
-    prepared: Prepared,
-    signals: Signals,
-    how: &str,
-) -> Result<Exit, Failure> {
+fn resume(taken: Taken<NoRequests>, ready: Ready, signals: Signals, how: &str) -> Result<Exit, Failure> {
     let Taken { bundle, incumbent, from, pause } = taken;
-    let engine = prepared.start(bundle);
+    let engine = ready.start(bundle);
     tracing::info!(
         %from,
         peer_pid = from.pid,

@@ -35,9 +35,7 @@ pub(crate) fn simple(to: &[SocketAddr], more: &str) -> Config {
 }
 
 pub(crate) fn fresh(config: Config) -> Engine {
-    let mut prepared = Prepared::new(config).unwrap();
-    prepared.offer(&Bundle::new()).unwrap();
-    prepared.start(Bundle::new())
+    Prepared::new(config).unwrap().offer(&Bundle::new()).unwrap().start(Bundle::new())
 }
 
 /// Where the first listener is.
@@ -117,7 +115,7 @@ pub(crate) fn hand_over(mut engine: Engine, config: Config, meanwhile: impl FnOn
     }
     let count = base.items.len();
     let mut bundle = Bundle::from_parts(base, descriptors).unwrap();
-    prepared.offer(&bundle).unwrap();
+    let mut ready = prepared.offer(&bundle).unwrap();
     meanwhile();
     let mut frozen = engine.freeze();
     let mut delta = frozen.delta();
@@ -130,8 +128,8 @@ pub(crate) fn hand_over(mut engine: Engine, config: Config, meanwhile: impl FnOn
         .map(|entry| (entry.id, frozen.descriptor(entry.id).unwrap().try_clone_to_owned().unwrap()))
         .collect();
     bundle.apply(delta, crc, late).unwrap();
-    prepared.complete(&bundle, &changes).unwrap();
+    ready.complete(&bundle, &changes).unwrap();
     drop(frozen);
     engine.leave(LONG);
-    prepared.start(bundle)
+    ready.start(bundle)
 }
