@@ -184,7 +184,7 @@ fn at_a_limit_clients_wait_until_somebody_has_gone() {
 
 #[test]
 fn what_is_silent_for_too_long_ends() {
-    let engine = fresh(simple(&[backend(echo)], "idle_timeout = \"300ms\""));
+    let engine = fresh(simple(&[backend(echo)], "idle_timeout = \"2s\""));
     let mut silent = connect(address(&engine));
     talk(&mut silent, "hello");
     let mut talks = connect(address(&engine));
