@@ -1,9 +1,9 @@
 //! The processes of one proxy, however they come and go: descendants of a keeper, a process of ours to which orphans return,
 //! and which ends with all of them as soon as nobody needs it.
 
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -29,6 +29,8 @@ pub(crate) fn stay_on(cpu: Option<usize>) -> anyhow::Result<()> {
 /// The keeper: starts the command, whose output goes into the file, and ends it and all that came of it when standard input ends.
 pub(crate) fn keep(cpu: Option<usize>, log: &Path, command: &[OsString]) -> anyhow::Result<()> {
     stay_on(cpu)?;
+    children(std::process::id())
+        .context("this kernel does not list the children of a process (CONFIG_PROC_CHILDREN)")?;
     set_child_subreaper(Some(rustix::process::getpid()))?;
     let (program, arguments) = command.split_first().context("no command")?;
     let log = File::create(log)?;
@@ -45,7 +47,7 @@ pub(crate) fn keep(cpu: Option<usize>, log: &Path, command: &[OsString]) -> anyh
         reap();
     }
     loop {
-        let left = descendants(std::process::id())?;
+        let left = descendants(std::process::id());
         if left.is_empty() {
             return Ok(());
         }
@@ -62,31 +64,33 @@ fn reap() {
     while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }
 
-/// All living descendants of a process, the eldest first.
-pub(crate) fn descendants(of: u32) -> anyhow::Result<Vec<Pid>> {
-    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
-    for entry in std::fs::read_dir("/proc")? {
-        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
-            continue;
-        };
-        // It may just have ended.
-        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
-        // After the name, which may contain anything: state, parent.
-        let mut rest = stat.rsplit(") ").next().unwrap_or("").split(' ');
-        let (state, parent) = (rest.next(), rest.next().and_then(|parent| parent.parse().ok()));
-        if let (Some(state), Some(parent)) = (state, parent)
-            && state != "Z"
-        {
-            children.entry(parent).or_default().push(pid);
-        }
-    }
-    let mut found = vec![of as i32];
+/// All living descendants of a process, the eldest first. It looks at no other process: whatever is measured meanwhile has little of it.
+pub(crate) fn descendants(of: u32) -> Vec<Pid> {
+    let mut found = vec![of];
     let mut at = 0;
-    while let Some(parent) = found.get(at) {
-        let mut young = children.remove(parent).unwrap_or_default();
+    while let Some(&parent) = found.get(at) {
+        let mut young = children(parent).unwrap_or_default();
+        young.retain(|&pid| lives(pid));
         young.sort_unstable();
         found.extend(young);
         at += 1;
     }
-    Ok(found.into_iter().skip(1).filter_map(Pid::from_raw).collect())
+    found.into_iter().skip(1).filter_map(|pid| Pid::from_raw(pid as i32)).collect()
+}
+
+/// The children of all threads of a process. An error if it has just ended.
+fn children(of: u32) -> io::Result<Vec<u32>> {
+    let mut all = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{of}/task"))? {
+        let listed = std::fs::read_to_string(thread?.path().join("children"))?;
+        all.extend(listed.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+    }
+    Ok(all)
+}
+
+/// Whether a process has not ended yet: one for which nobody has waited has.
+fn lives(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    // The state comes after the name, which may contain anything.
+    stat.is_ok_and(|stat| !stat.rsplit(") ").next().unwrap_or("").starts_with('Z'))
 }

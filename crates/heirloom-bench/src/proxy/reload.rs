@@ -101,7 +101,7 @@ fn account(contender: Contender, extent: &Extent) -> anyhow::Result<Account> {
             account.refused += u64::from(!served);
         }
     }
-    account.left_behind = proxy.left_behind()?;
+    account.left_behind = proxy.left_behind();
     crowd.tell(&Task::End)?;
     account.fates = crowd.said()?;
     Ok(account)

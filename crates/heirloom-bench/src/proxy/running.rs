@@ -22,7 +22,7 @@ const START_WITHIN: Duration = Duration::from_secs(5);
 const HEED_WITHIN: Duration = Duration::from_secs(1);
 /// How often a reload is asked for: HAProxy misses the signal now and then, when it has just started.
 const MOST_ASKED: u32 = 3;
-/// Between two looks at what processes there are, each of which costs a millisecond.
+/// Between two looks at what processes there are.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A proxy that runs until this is dropped.
@@ -82,7 +82,7 @@ impl Running {
                 bail!("{} does not start: {}", contender.name(), running.said());
             }
             std::thread::sleep(LOOK_EVERY);
-            running.current = running.processes()?;
+            running.current = running.processes();
         }
         Ok(running)
     }
@@ -93,14 +93,14 @@ impl Running {
     }
 
     /// All its processes, the eldest first.
-    pub(crate) fn processes(&self) -> anyhow::Result<Vec<Pid>> {
+    pub(crate) fn processes(&self) -> Vec<Pid> {
         descendants(self.keeper.id())
     }
 
     /// The processor time that they have used, in nanoseconds.
     pub(crate) fn processor_time(&self) -> anyhow::Result<u64> {
         let mut all = 0;
-        for process in self.processes()? {
+        for process in self.processes() {
             for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
                 let schedule = std::fs::read_to_string(thread?.path().join("schedstat"))?;
                 all += schedule.split(' ').next().unwrap_or("").parse::<u64>()?;
@@ -113,7 +113,7 @@ impl Running {
     /// for their sockets is not in it.
     pub(crate) fn memory(&self) -> anyhow::Result<u64> {
         let mut all = 0;
-        for process in self.processes()? {
+        for process in self.processes() {
             let rollup = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
             let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
             all += line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024;
@@ -122,13 +122,13 @@ impl Running {
     }
 
     /// How many processes it has beyond those that it takes to serve.
-    pub(crate) fn left_behind(&self) -> anyhow::Result<usize> {
-        Ok(self.processes()?.len().saturating_sub(self.contender.processes(self.threads)))
+    pub(crate) fn left_behind(&self) -> usize {
+        self.processes().len().saturating_sub(self.contender.processes(self.threads))
     }
 
     /// Has it hand over, and waits as long for the end of the process before.
     pub(crate) fn hand_over(&mut self, cause: Cause, at_most: Duration) -> anyhow::Result<HandedOver> {
-        let before = self.processes()?;
+        let before = self.processes();
         let master = self.master(&before)?;
         let upgrades_master = cause == Cause::Upgrade && self.contender.is_nginx();
         let leaving: Vec<OwnedFd> = match self.contender {
@@ -150,7 +150,7 @@ impl Running {
             let mut times = 1;
             loop {
                 std::thread::sleep(LOOK_EVERY);
-                if self.newcomers(&before)?.len() >= newcomers {
+                if self.newcomers(&before).len() >= newcomers {
                     break;
                 }
                 if asked.elapsed() > within {
@@ -175,7 +175,7 @@ impl Running {
         }
         let gone = all_end(&leaving, at_most.saturating_sub(asked.elapsed()))?;
         let took = asked.elapsed();
-        let newcomers = self.newcomers(&before)?;
+        let newcomers = self.newcomers(&before);
         if newcomers.is_empty() {
             bail!("{} has not handed over: {}", self.contender.name(), self.said());
         }
@@ -233,10 +233,10 @@ impl Running {
         Ok(())
     }
 
-    fn newcomers(&self, before: &[Pid]) -> anyhow::Result<Vec<Pid>> {
-        let mut now = self.processes()?;
+    fn newcomers(&self, before: &[Pid]) -> Vec<Pid> {
+        let mut now = self.processes();
         now.retain(|process| !before.contains(process));
-        Ok(now)
+        now
     }
 
     /// The end of what it has said.
