@@ -39,6 +39,7 @@ mod clock;
 pub mod codec;
 pub mod config;
 pub mod control;
+pub mod courtesy;
 #[cfg(feature = "crash-points")]
 pub mod crash;
 #[cfg(not(feature = "crash-points"))]

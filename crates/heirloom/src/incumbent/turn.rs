@@ -16,6 +16,7 @@ use super::delegated::Delegated;
 use crate::bundle::Bundle;
 use crate::clock;
 use crate::control::request::{FailureCode, ManifestSummary, NoRequests, Reply};
+use crate::courtesy;
 use crate::crash::{self, Point};
 use crate::item::{CONTROL_NAME, Entry, ItemId};
 use crate::kind::Kind;
@@ -244,7 +245,9 @@ impl<A> Incumbent<A> {
         let Some(takeover) = &mut self.takeover else { return Ok(()) };
         let result = encoded.map_err(HandoverError::from).and_then(|encoded| {
             takeover.bytes += encoded.bytes.len() as u64;
+            courtesy::next_step();
             let memfd = seal("base", &encoded.bytes)?;
+            courtesy::next_step();
             takeover.offered = Some(Offered { listing: Listing::default(), memfd });
             takeover.machine.offered(now, ids);
             Ok(encoded.bytes)

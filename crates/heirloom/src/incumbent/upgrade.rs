@@ -16,6 +16,7 @@ use super::turn::{HandoverError, Outcome};
 use crate::clock;
 use crate::control::request::{Failure, FailureCode, Reply};
 use crate::control::status::LastTakeover;
+use crate::courtesy;
 use crate::crash::{self, Point};
 use crate::item::ItemId;
 use crate::manifest::{Base, Delta, Listing, seal};
@@ -172,7 +173,9 @@ impl<A> Incumbent<A> {
         base.sections.push(path_section(self.path()));
         let encoded = base.encode(limits).map_err(HandoverError::from);
         let sealed = encoded.and_then(|encoded| {
+            courtesy::next_step();
             let (memfd, bytes) = (seal("preflight", &encoded.bytes)?, encoded.bytes.len() as u64);
+            courtesy::next_step();
             Ok((Offered { listing: Listing::read(encoded.bytes, limits)?, memfd }, bytes))
         });
         let (offered, bytes) = match sealed {

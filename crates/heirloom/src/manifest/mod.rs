@@ -206,10 +206,12 @@ mod list {
     use minicbor::{Decode, Decoder, decode::Error};
 
     use super::within;
-    use crate::Limits;
+    use crate::{Limits, courtesy};
 
     /// Bytes in the shortest map that is an element. A list of bare ids may have more elements, and grows.
     const SHORTEST: usize = 3;
+    /// How many elements are decoded in a step.
+    const DECODED: usize = 256;
 
     pub(super) fn decode<'b, C, T>(d: &mut Decoder<'b>, ctx: &mut C) -> Result<Vec<T>, Error>
     where
@@ -225,6 +227,7 @@ mod list {
             let of = || "the length of a list in the manifest".into();
             within(of, "items", list.len().saturating_add(1), limit).map_err(Error::custom)?;
             list.push(element?);
+            courtesy::step(list.len(), DECODED);
         }
         Ok(list)
     }

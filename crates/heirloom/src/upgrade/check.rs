@@ -15,6 +15,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::launch::Launch;
 use super::preflight::Verdict;
 use super::role::Role;
+use crate::courtesy;
 
 /// The longest answer, in bytes; it is one line.
 const LONGEST_ANSWER: usize = 64 * 1024;
@@ -48,8 +49,9 @@ impl Check {
     /// Starts the program with the manifest as its stdin. `crc` is the manifest's checksum.
     pub(crate) fn start(launch: &Launch, manifest: OwnedFd, crc: u32, limit: Duration) -> io::Result<Check> {
         let role = Role::Preflight { incumbent: std::process::id(), manifest: fstat(&manifest)?.st_ino };
-        let mut child =
-            launch.command(role).stdin(manifest).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut command = launch.command(role);
+        command.stdin(manifest).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = courtesy::at_length(|| command.spawn())?;
         let watched = || -> io::Result<(OwnedFd, Option<OwnedFd>, Option<OwnedFd>)> {
             let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
             let answers = child.stdout.take().map(OwnedFd::from);

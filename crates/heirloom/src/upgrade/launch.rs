@@ -16,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::request::Upgrade;
 use super::role::{Role, environment, parent};
-use crate::{notify, unit};
+use crate::{courtesy, notify, unit};
 
 /// A program to start, and how.
 ///
@@ -126,7 +126,7 @@ impl StartedSuccessor {
     pub(crate) fn start(launch: &Launch) -> io::Result<StartedSuccessor> {
         let role = Role::Successor { incumbent: std::process::id() };
         if is_child_of_supervisor() {
-            match start_sibling(launch, role) {
+            match courtesy::at_length(|| start_sibling(launch, role)) {
                 Ok((pid, pidfd)) => {
                     return Ok(StartedSuccessor { started: Some(Started::Sibling(pid)), pidfd });
                 }
@@ -134,7 +134,7 @@ impl StartedSuccessor {
                 Err(error) => tracing::debug!(%error, "no sibling can be started"),
             }
         }
-        let mut child = launch.command(role).spawn()?;
+        let mut child = courtesy::at_length(|| launch.command(role).spawn())?;
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
             Ok(pidfd) => Ok(StartedSuccessor { started: Some(Started::Child(child)), pidfd }),
             Err(error) => {

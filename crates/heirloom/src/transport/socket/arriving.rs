@@ -5,9 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::bundle::{Bundle, BundleError, checked_kind};
+use crate::courtesy;
 use crate::item::{Entry, Item, ItemId};
 use crate::kind::Kind;
 use crate::manifest::Listing;
+
+/// How many are checked in a step.
+const CHECKED: usize = 64;
 
 #[derive(Debug)]
 pub(crate) struct Arriving {
@@ -60,6 +64,7 @@ impl Arriving {
     pub(crate) fn finish(self) -> Result<(Bundle, Vec<Entry>), BundleError> {
         let (mut items, mut missing) = (Vec::with_capacity(self.listing.len()), Vec::new());
         for (place, descriptor) in self.descriptors.into_iter().enumerate() {
+            courtesy::step(place, CHECKED);
             let mut entry = self.listing.entry(place)?.to_entry();
             match descriptor {
                 Some(descriptor) => {
