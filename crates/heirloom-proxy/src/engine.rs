@@ -1,18 +1,20 @@
 //! A proxy that serves: its loops, and how everything in them is handed over.
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
-use heirloom::ItemId;
 use heirloom::manifest::{Base, Change, Delta};
+use heirloom::{ItemId, courtesy};
 
 use crate::clock;
 use crate::config::Config;
 use crate::event_loop::EventLoop;
 use crate::handover::{Items, Lent, ServiceState, Snapshot, TrafficState, door_item, encode};
 use crate::rates::Rates;
+use crate::ready::LoopThread;
 use crate::report::Report;
 use crate::shared::Shared;
 
@@ -38,7 +40,7 @@ const AT_ONCE: usize = 64;
 /// ```
 pub struct Engine {
     shared: Arc<Shared>,
-    loops: Vec<Arc<Mutex<EventLoop>>>,
+    loops: Vec<LoopThread>,
     config: Config,
     rates: Rates,
     /// What was offered, to be sent when it is asked for.
@@ -46,12 +48,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(
-        shared: Arc<Shared>,
-        loops: Vec<Arc<Mutex<EventLoop>>>,
-        rates: Rates,
-        config: Config,
-    ) -> Engine {
+    pub(crate) fn new(shared: Arc<Shared>, loops: Vec<LoopThread>, rates: Rates, config: Config) -> Engine {
         Engine { shared, loops, config, rates, lent: None }
     }
 
@@ -65,7 +62,8 @@ impl Engine {
     pub fn offer(&mut self) -> Base {
         let mut items: Items = Vec::new();
         let mut snapshots = Vec::with_capacity(AT_ONCE);
-        for state in &self.loops {
+        for LoopThread { state, .. } in &self.loops {
+            while state.lock().expect("a loop does not panic").wake_some() {}
             let keys = {
                 let mut state = state.lock().expect("a loop does not panic");
                 let doors = state.doors.iter();
@@ -76,6 +74,7 @@ impl Engine {
             for some in keys.chunks(AT_ONCE) {
                 state.lock().expect("a loop does not panic").lend(some, &mut snapshots);
                 snapshots.drain(..).for_each(|snapshot| snapshot.items(&mut items));
+                courtesy::next_step();
             }
         }
         // Those of each loop are in order by now, which makes this cheap.
@@ -99,7 +98,7 @@ impl Engine {
     /// Nothing has come of the offer.
     pub fn reclaim(&mut self) {
         if self.lent.take().is_some() {
-            for state in &self.loops {
+            for LoopThread { state, .. } in &self.loops {
                 state.lock().expect("a loop does not panic").reclaim();
             }
         }
@@ -108,7 +107,7 @@ impl Engine {
     /// Stops all loops as one: each after at most one more turn. Nothing is touched until the [thaw](Frozen::thaw).
     pub fn freeze(&mut self) -> Frozen<'_> {
         self.shared.gate.close();
-        let states = self.loops.iter().map(|state| state.lock().expect("a loop does not panic")).collect();
+        let states = self.loops.iter().map(|one| one.state.lock().expect("a loop does not panic")).collect();
         let lent = self.lent.get_or_insert_default();
         Frozen { shared: &self.shared, states, lent, rates: &self.rates }
     }
@@ -127,7 +126,7 @@ impl Engine {
     /// What it does at the moment.
     pub fn report(&self) -> Report {
         let mut report = self.shared.report();
-        for state in &self.loops {
+        for LoopThread { state, .. } in &self.loops {
             let state = state.lock().expect("a loop does not panic");
             report.pipes += state.pipes.count();
             report.pipes_in_use += state.pipes.lent();
@@ -150,8 +149,13 @@ impl Engine {
         (2 * self.connections() + self.config.listeners.len()) as u64
     }
 
-    /// Another process has everything: what is still to be written to the access log is written, for so long at most.
-    pub fn leave(self, within: Duration) {
+    /// Another process has everything: the threads end, and what is still to be written to the access log is written, for so long at
+    /// most.
+    pub fn leave(mut self, within: Duration) {
+        self.shared.gate.abandon();
+        self.shared.loops.iter().for_each(|post| drop(post.waker.wake()));
+        // With them the process would end in one of them, whose time others may need.
+        mem::take(&mut self.loops).into_iter().for_each(|one| drop(one.thread.join()));
         self.write_access_log(within);
     }
 

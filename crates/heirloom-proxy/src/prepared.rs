@@ -12,7 +12,7 @@ use std::{io, mem};
 
 use heirloom::manifest::Base;
 use heirloom::runtime::mio::register;
-use heirloom::{Bundle, Entry, ItemId};
+use heirloom::{Bundle, Entry, ItemId, courtesy};
 use heirloom_sys::SignalMask;
 use mio::{Interest, Poll, Waker};
 
@@ -30,9 +30,12 @@ use crate::handover::{
 };
 use crate::id::{Key, KeyMap, Keys, token};
 use crate::plan::Plan;
-use crate::ready::{Ready, Threads};
+use crate::ready::{LoopThread, Ready, Threads};
 use crate::shared::{Post, Shared};
 use crate::table::Table;
+
+/// How many sockets are registered, or connections made ready, in a step.
+const AT_ONCE: usize = 32;
 
 /// A proxy that does not serve yet: all that costs time is done in it while an incumbent still serves. It touches nothing of what is
 /// handed over; dropped, it leaves nothing behind.
@@ -139,6 +142,7 @@ impl Prepared {
         let poll = &self.polls[self.homes.of(Key::of(entry.id), self.polls.len())];
         register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
         self.registered.insert(entry.id);
+        courtesy::step(self.registered.len(), AT_ONCE);
         Ok(())
     }
 
@@ -177,7 +181,8 @@ impl Prepared {
         let mut otherwise_written = Vec::new();
         let mut free: BTreeSet<usize> = (0..self.config.listeners.len()).collect();
         let mut sleepers: Vec<Sleepers> = self.polls.iter().map(|_| Sleepers::default()).collect();
-        for entry in entries {
+        for (done, entry) in entries.enumerate() {
+            courtesy::step(done, AT_ONCE);
             if entry.name == LISTENER {
                 let door: DoorState = decode(&entry.state, "a listener").map_err(EngineError::State)?;
                 let address = state.listeners.get(door.listener).map(|known| known.address.as_str());
@@ -246,9 +251,12 @@ impl Prepared {
                 let (shared, registry) = (Arc::clone(&threads.shared), poll.registry().try_clone()?);
                 let state = EventLoop::new(number, Arc::clone(&shared), registry, self.plan.pipes);
                 let state = Arc::new(Mutex::new(state));
-                threads.loops.push(Arc::clone(&state));
-                let run = move || event_loop::run(poll, &state, &shared);
-                thread::Builder::new().name(format!("loop {number}")).spawn(run)?;
+                let run = {
+                    let state = Arc::clone(&state);
+                    move || event_loop::run(poll, &state, &shared)
+                };
+                let thread = thread::Builder::new().name(format!("loop {number}")).spawn(run)?;
+                threads.loops.push(LoopThread { state, thread });
             }
             Ok(())
         })?;

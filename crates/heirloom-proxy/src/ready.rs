@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
 
 use heirloom::manifest::Changes;
 use heirloom::runtime::mio::register;
@@ -53,13 +54,19 @@ pub struct Ready {
 /// The threads, which wait behind their gate. Dropped before they have begun, they end.
 pub(crate) struct Threads {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) loops: Vec<Arc<Mutex<EventLoop>>>,
+    pub(crate) loops: Vec<LoopThread>,
     pub(crate) begun: bool,
+}
+
+/// A thread, and the state of its loop.
+pub(crate) struct LoopThread {
+    pub(crate) state: Arc<Mutex<EventLoop>>,
+    pub(crate) thread: JoinHandle<()>,
 }
 
 impl Threads {
     /// They are the engine's from now on, which opens the gate.
-    fn begin(&mut self) -> (Arc<Shared>, Vec<Arc<Mutex<EventLoop>>>) {
+    fn begin(&mut self) -> (Arc<Shared>, Vec<LoopThread>) {
         self.begun = true;
         (Arc::clone(&self.shared), mem::take(&mut self.loops))
     }
@@ -130,7 +137,8 @@ impl Ready {
         let bundle = Arc::new(Mutex::new(bundle));
         let sleepers = mem::take(&mut self.sleepers).into_iter();
         let dormant = sleepers.map(|sleepers| Dormant::new(Arc::clone(&bundle), sleepers));
-        let mut states: Vec<_> = loops.iter().map(|state| state.lock().expect("it has not begun")).collect();
+        let mut states: Vec<_> =
+            loops.iter().map(|one| one.state.lock().expect("it has not begun")).collect();
         for (state, dormant) in states.iter_mut().zip(dormant) {
             state.go_on_with(dormant);
         }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
-use heirloom::{Bundle, NoRequests, Service, Start, Successor, Taken};
+use heirloom::{Bundle, NoRequests, Service, Start, Successor, Taken, courtesy};
 use heirloom_proxy::{Config, Prepared, Ready};
 
 use super::Args;
@@ -17,6 +17,8 @@ pub(super) const SERVICE: &str = "proxy";
 
 /// Runs until the proxy is replaced, stopped, or fails.
 pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
+    // Others serve: our own threads that relay, or an incumbent.
+    courtesy::give_way();
     heirloom::descriptors::raise_limit().context("cannot raise the limit on open files")?;
     // Before the start: see there.
     let signals = Signals::watch(Hangup::Upgrade)?;
@@ -98,6 +100,7 @@ fn take_over(successor: Successor, config: Config) -> Result<(Taken<NoRequests>,
             return Err(rolled_back(error));
         }
     };
+    courtesy::take_turns();
     let complete = offered.ready()?;
     if let Err(error) = ready.complete(complete.bundle(), complete.changes()) {
         complete.withdraw(&error);
@@ -109,6 +112,7 @@ fn take_over(successor: Successor, config: Config) -> Result<(Taken<NoRequests>,
 fn resume(taken: Taken<NoRequests>, ready: Ready, signals: Signals, how: &str) -> Result<Exit, Failure> {
     let Taken { bundle, incumbent, from, pause } = taken;
     let engine = ready.start(bundle);
+    courtesy::give_way();
     tracing::info!(
         %from,
         peer_pid = from.pid,

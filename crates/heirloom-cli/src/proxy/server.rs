@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow};
 use heirloom::notify::{Message, Notifier, watchdog_interval};
 use heirloom::runtime::mio::timeout;
 use heirloom::upgrade::Upgrade;
-use heirloom::{Delegated, Incumbent, NoRequests, Outcome, Turn};
+use heirloom::{Delegated, Incumbent, NoRequests, Outcome, Turn, courtesy};
 use heirloom_proxy::Engine;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -80,7 +80,10 @@ impl Server {
         let Server { incumbent, engine, supervisor, .. } = self;
         match next {
             // Also after a failure everything may be somebody else's.
-            Ok(Next::Replaced) | Err(_) => engine.leave(FLUSH_WITHIN),
+            Ok(Next::Replaced) | Err(_) => {
+                courtesy::step_back();
+                engine.leave(FLUSH_WITHIN);
+            }
             Ok(_) => {
                 supervisor.tell(Message::new().stopping());
                 engine.stop(FLUSH_WITHIN);
@@ -164,13 +167,16 @@ impl Server {
                         // Most of it while the loops still run.
                         self.engine.flush_access_log(FLUSH_IN_PLACE_WITHIN);
                     }
+                    courtesy::take_turns();
                     let mut frozen = self.engine.freeze();
                     if in_place {
                         frozen.write_access_log(FLUSH_FROZEN_WITHIN);
                     }
                     let delta = frozen.delta();
                     // From here to the outcome nothing is touched: the loops stand still.
-                    match freeze.release(delta, |id| frozen.descriptor(id)) {
+                    let outcome = freeze.release(delta, |id| frozen.descriptor(id));
+                    courtesy::give_way();
+                    match outcome {
                         Ok(Outcome::Taken(by)) => {
                             tracing::info!(
                                 peer_pid = by.pid,

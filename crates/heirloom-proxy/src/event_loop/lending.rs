@@ -11,10 +11,9 @@ use crate::id::Key;
 use crate::socket;
 
 impl EventLoop {
-    /// Begins to keep account of what changes, and tells what there is, in ascending order.
+    /// Begins to keep account of what changes, and tells what there is, in ascending order. All have been woken.
     pub(crate) fn begin_lending(&mut self) -> Vec<Key> {
         self.reclaim();
-        self.wake_all();
         self.lending = true;
         let mut keys: Vec<Key> = self.connections.keys().copied().collect();
         keys.sort_unstable();

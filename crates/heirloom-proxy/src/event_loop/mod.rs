@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use heirloom::courtesy;
 use heirloom::runtime::mio::{deregister, reregister};
 use mio::{Events, Interest, Poll, Registry, Token};
 use rustix::io::Errno;
@@ -33,6 +34,8 @@ pub(crate) const WAKE: Token = Token(usize::MAX);
 const EVENTS: usize = 512;
 /// When those are tried again for which there was no pipe.
 const AGAIN: Duration = Duration::from_millis(5);
+/// Between two times at which some of those are woken that were taken over and have not moved yet.
+const WAKE_EVERY: Duration = Duration::from_millis(1);
 
 /// See the [module](self).
 pub(crate) struct EventLoop {
@@ -48,6 +51,8 @@ pub(crate) struct EventLoop {
     urgent: Vec<Key>,
     /// Taken over, and not touched yet.
     pub(crate) dormant: Option<Dormant>,
+    /// When some more of these are woken.
+    wake_next: Time,
     /// A successor was offered what there is.
     pub(crate) lending: bool,
     /// Of these something has changed since then, or they are new.
@@ -70,8 +75,9 @@ pub(crate) struct EventLoop {
 /// Runs a loop until the gate is abandoned.
 pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
     let mut events = Events::with_capacity(EVENTS);
+    courtesy::take_turns();
     let mut patience = Some(Duration::ZERO);
-    while shared.gate.pass() {
+    'serving: while shared.gate.pass() {
         match poll.poll(&mut events, patience) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => {
                 // Nothing that can be put right from here: not even a closed connection does it.
@@ -82,7 +88,7 @@ pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
         }
         let mut state = loop {
             if !shared.gate.pass() {
-                return;
+                break 'serving;
             }
             let state = state.lock().expect("nobody panics with it");
             if shared.gate.is_open() {
@@ -91,6 +97,7 @@ pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
         };
         patience = state.turn(&events);
     }
+    courtesy::step_back();
 }
 
 impl EventLoop {
@@ -106,6 +113,7 @@ impl EventLoop {
             timers: Default::default(),
             urgent: Vec::new(),
             dormant: None,
+            wake_next: 0,
             lending: false,
             touched: Vec::new(),
             ended: Vec::new(),
@@ -150,15 +158,19 @@ impl EventLoop {
             let Some(key) = self.due.pop_front() else { break };
             self.drive(key);
         }
-        if self.dormant.is_some() {
+        if self.dormant.is_some() && self.wake_next <= self.now {
             self.wake_some();
+            self.wake_next = self.now + nanoseconds(WAKE_EVERY);
         }
         self.patience()
     }
 
     fn patience(&mut self) -> Option<Duration> {
-        if self.more || !self.due.is_empty() || self.dormant.is_some() {
+        if self.more || !self.due.is_empty() {
             return Some(Duration::ZERO);
+        }
+        if self.dormant.is_some() {
+            return Some(WAKE_EVERY);
         }
         if !self.starving.is_empty() && self.again.is_none() {
             self.again = Some(self.now + nanoseconds(AGAIN));

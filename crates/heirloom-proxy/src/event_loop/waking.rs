@@ -11,21 +11,22 @@ use crate::arriving::{Dormant, Woken};
 use crate::connection::Stage;
 use crate::id::{Key, Side, token};
 
-/// How many connections that have not moved yet are woken in a turn.
-const WOKEN: usize = 64;
+/// How many connections that have not moved yet are woken at once.
+const WOKEN: usize = 16;
 
 impl EventLoop {
-    /// Wakes some of those that were taken over and have not moved yet.
-    pub(super) fn wake_some(&mut self) {
+    /// Wakes some of those that were taken over and have not moved yet. Whether there may be more.
+    pub(crate) fn wake_some(&mut self) -> bool {
         for _ in 0..WOKEN {
             match self.dormant.as_mut().and_then(Dormant::next) {
                 Some(key) => self.wake(key),
                 None => {
                     self.dormant = None;
-                    return;
+                    return false;
                 }
             }
         }
+        self.dormant.is_some()
     }
 
     /// Takes over what is dormant.
@@ -38,9 +39,7 @@ impl EventLoop {
 
     /// Wakes all of them.
     pub(crate) fn wake_all(&mut self) {
-        while self.dormant.is_some() {
-            self.wake_some();
-        }
+        while self.wake_some() {}
     }
 
     /// Makes a connection of what was taken over.
