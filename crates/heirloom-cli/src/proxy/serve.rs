@@ -50,6 +50,8 @@ pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
                 }
             },
             Start::InPlace(taken) => {
+                // Nobody serves until this does.
+                courtesy::take_turns();
                 let prepared = Prepared::in_place(config).map_err(anyhow::Error::from)?;
                 let ready = prepared.offer(&taken.bundle).map_err(anyhow::Error::from)?;
                 return resume(*taken, ready, signals, "upgraded in place");
