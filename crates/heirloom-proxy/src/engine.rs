@@ -154,7 +154,7 @@ impl Engine {
     pub fn leave(mut self, within: Duration) {
         self.shared.gate.abandon();
         self.shared.loops.iter().for_each(|post| drop(post.waker.wake()));
-        // With them the process would end in one of them, whose time others may need.
+        // The end of the process takes long, and is to be in the thread that gives way.
         mem::take(&mut self.loops).into_iter().for_each(|one| drop(one.thread.join()));
         self.write_access_log(within);
     }

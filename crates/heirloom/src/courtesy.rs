@@ -13,7 +13,7 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use heirloom_sys::Scheduling;
+use heirloom_sys::{set_time_slice, time_slice};
 
 /// The time slice of a thread that works in steps: the shorter, the less it loses by letting others go first.
 const IN_STEPS: Duration = Duration::from_micros(100);
@@ -39,21 +39,21 @@ thread_local! {
 /// ```
 pub fn give_way() {
     GIVES_WAY.set(true);
-    change(|now| Scheduling { slice: IN_STEPS, ..now });
+    set(IN_STEPS);
 }
 
 /// The calling thread takes its turn as any other, after it, or who has started it, gave way.
 pub fn take_turns() {
     GIVES_WAY.set(false);
-    change(|now| match is_giving_way(now) {
-        true => Scheduling { slice: Duration::ZERO, ..now },
-        false => now,
-    });
+    // Whoever has started this thread may have given way; a slice that somebody else has chosen stays.
+    if let Ok(Some(IN_STEPS | AT_LENGTH)) = time_slice() {
+        set(Duration::ZERO);
+    }
 }
 
 /// The calling thread does nothing any more for which somebody waits, and does it at length: it ends its process, for example.
 pub fn step_back() {
-    change(|now| Scheduling { slice: AT_LENGTH, ..now });
+    set(AT_LENGTH);
 }
 
 /// One of many things has been done, the last of this number: after each so many of them others go first, if the calling thread gives
@@ -82,21 +82,9 @@ pub(crate) fn at_length<T>(work: impl FnOnce() -> T) -> T {
     done
 }
 
-fn is_giving_way(now: Scheduling) -> bool {
-    [IN_STEPS, AT_LENGTH].contains(&now.slice)
-}
-
-fn change(change: impl FnOnce(Scheduling) -> Scheduling) {
-    let changed = Scheduling::current().and_then(|now| match now {
-        Some(now) => {
-            let then = change(now);
-            if then == now { Ok(()) } else { then.set() }
-        }
-        // Whoever has chosen a special policy knows why.
-        None => Ok(()),
-    });
-    if let Err(error) = changed {
-        tracing::debug!(%error, "cannot change how a thread is scheduled");
+fn set(slice: Duration) {
+    if let Err(error) = set_time_slice(slice) {
+        tracing::debug!(%error, "cannot set a time slice");
     }
 }
 
@@ -104,8 +92,8 @@ fn change(change: impl FnOnce(Scheduling) -> Scheduling) {
 mod tests {
     use super::*;
 
-    fn now() -> Scheduling {
-        Scheduling::current().unwrap().unwrap()
+    fn now() -> Duration {
+        time_slice().unwrap().unwrap()
     }
 
     #[test]
@@ -116,7 +104,7 @@ mod tests {
             let away = now();
             give_way();
             assert_eq!(now(), away);
-            at_length(|| assert!(now().slice == AT_LENGTH || now() == before));
+            at_length(|| assert!(now() == AT_LENGTH || now() == before));
             assert_eq!(now(), away);
             std::thread::spawn(move || {
                 assert_eq!(now(), away);
@@ -140,7 +128,7 @@ mod tests {
     #[test]
     fn a_slice_that_somebody_else_has_chosen_is_left_alone_by_who_did_not_give_way() {
         std::thread::spawn(|| {
-            Scheduling { slice: Duration::from_millis(10), ..now() }.set().unwrap();
+            set_time_slice(Duration::from_millis(10)).unwrap();
             let chosen = now();
             take_turns();
             assert_eq!(now(), chosen);

@@ -3,7 +3,6 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -29,7 +28,8 @@ pub(crate) fn stay_on(cpu: Option<usize>) -> anyhow::Result<()> {
 /// The keeper: starts the command, whose output goes into the file, and ends it and all that came of it when standard input ends.
 pub(crate) fn keep(cpu: Option<usize>, log: &Path, command: &[OsString]) -> anyhow::Result<()> {
     stay_on(cpu)?;
-    children(std::process::id())
+    let own = std::process::id();
+    std::fs::metadata(format!("/proc/{own}/task/{own}/children"))
         .context("this kernel does not list the children of a process (CONFIG_PROC_CHILDREN)")?;
     set_child_subreaper(Some(rustix::process::getpid()))?;
     let (program, arguments) = command.split_first().context("no command")?;
@@ -69,7 +69,7 @@ pub(crate) fn descendants(of: u32) -> Vec<Pid> {
     let mut found = vec![of];
     let mut at = 0;
     while let Some(&parent) = found.get(at) {
-        let mut young = children(parent).unwrap_or_default();
+        let mut young = children(parent);
         young.retain(|&pid| lives(pid));
         young.sort_unstable();
         found.extend(young);
@@ -78,14 +78,14 @@ pub(crate) fn descendants(of: u32) -> Vec<Pid> {
     found.into_iter().skip(1).filter_map(|pid| Pid::from_raw(pid as i32)).collect()
 }
 
-/// The children of all threads of a process. An error if it has just ended.
-fn children(of: u32) -> io::Result<Vec<u32>> {
+/// The children of all threads of a process. Either may have just ended.
+fn children(of: u32) -> Vec<u32> {
     let mut all = Vec::new();
-    for thread in std::fs::read_dir(format!("/proc/{of}/task"))? {
-        let listed = std::fs::read_to_string(thread?.path().join("children"))?;
+    for thread in std::fs::read_dir(format!("/proc/{of}/task")).into_iter().flatten().flatten() {
+        let listed = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
         all.extend(listed.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
     }
-    Ok(all)
+    all
 }
 
 /// Whether a process has not ended yet: one for which nobody has waited has.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use heirloom::courtesy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -112,6 +113,8 @@ impl AccessWriter {
         let thread = thread::Builder::new().name("access-log".to_owned()).spawn({
             let queue = queue.clone();
             move || {
+                // Who has started this thread gives way.
+                courtesy::take_turns();
                 let mut writing =
                     Writing { file, name, queue: &queue, in_trouble: false, said: 0, said_at: None };
                 writing.run(format);

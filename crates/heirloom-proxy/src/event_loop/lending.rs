@@ -11,8 +11,9 @@ use crate::id::Key;
 use crate::socket;
 
 impl EventLoop {
-    /// Begins to keep account of what changes, and tells what there is, in ascending order. All have been woken.
+    /// Begins to keep account of what changes, and tells what there is, in ascending order. None may be dormant.
     pub(crate) fn begin_lending(&mut self) -> Vec<Key> {
+        debug_assert!(self.dormant.is_none(), "all have been woken");
         self.reclaim();
         self.lending = true;
         let mut keys: Vec<Key> = self.connections.keys().copied().collect();

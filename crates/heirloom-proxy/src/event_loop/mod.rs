@@ -74,10 +74,11 @@ pub(crate) struct EventLoop {
 
 /// Runs a loop until the gate is abandoned.
 pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
-    let mut events = Events::with_capacity(EVENTS);
+    // Who has started this thread gives way.
     courtesy::take_turns();
+    let mut events = Events::with_capacity(EVENTS);
     let mut patience = Some(Duration::ZERO);
-    'serving: while shared.gate.pass() {
+    while shared.gate.pass() {
         match poll.poll(&mut events, patience) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => {
                 // Nothing that can be put right from here: not even a closed connection does it.
@@ -88,7 +89,7 @@ pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
         }
         let mut state = loop {
             if !shared.gate.pass() {
-                break 'serving;
+                return;
             }
             let state = state.lock().expect("nobody panics with it");
             if shared.gate.is_open() {
@@ -97,7 +98,6 @@ pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
         };
         patience = state.turn(&events);
     }
-    courtesy::step_back();
 }
 
 impl EventLoop {
