@@ -1,7 +1,8 @@
 //! A connection that is relayed: a client's socket, a backend's, and a flow each way.
 //!
 //! It promises: what a side has sent before it ends comes before its end; an end of one direction leaves the other as it is; a reset
-//! is passed on as a reset. A reset overtakes what the other side does not take at once, as it does without a relay.
+//! is passed on as a reset. A reset overtakes what the other side does not take at once, as it does without a relay. Whose bytes were
+//! lost never hears an orderly end, but a reset.
 
 use std::net::SocketAddr;
 
@@ -174,11 +175,17 @@ impl Connection {
         if before != (self.up.moved, self.down.moved) {
             self.active = now;
         }
+        if matches!(up, Turned::Ended) && !self.down.lost {
+            server.finish();
+        }
+        if matches!(down, Turned::Ended) && !self.up.lost {
+            self.client.finish();
+        }
         for (side, turned) in [(Side::Client, &up), (Side::Backend, &down)] {
             let has_failed = match turned {
                 Turned::SourceFailed => true,
                 // What came before the failure is passed on first, as far as it is taken.
-                Turned::Waits => self.failed.has(side),
+                Turned::Waits | Turned::Ended => self.failed.has(side),
                 Turned::More | Turned::NoPipe => false,
             };
             if has_failed {
@@ -230,3 +237,61 @@ impl Connection {
 type FlowMark = (u64, usize, bool, bool);
 /// See [`Connection::mark`].
 pub(crate) type Mark = (FlowMark, FlowMark);
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use heirloom::Kind;
+
+    use super::*;
+
+    /// A connection that is relayed, and its peers: the client and the backend.
+    fn relayed() -> (Connection, UnixStream, UnixStream) {
+        let [(ours, client), (to, backend)] = [(); 2].map(|()| UnixStream::pair().unwrap());
+        for stream in [&ours, &client, &to, &backend] {
+            stream.set_nonblocking(true).unwrap();
+        }
+        let socket = |stream: UnixStream| Socket::new(stream.into(), Kind::UnixStream);
+        let mut connection = Connection::new(0, socket(ours), None, 0);
+        (connection.stage, connection.server) = (Stage::Relaying, Some(socket(to)));
+        (connection, client, backend)
+    }
+
+    #[test]
+    fn an_end_is_passed_on_after_all_that_came_before() {
+        let (mut connection, mut client, mut backend) = relayed();
+        let mut pipes = Pipes::new(4, 1);
+        backend.write_all(b"all").unwrap();
+        backend.shutdown(std::net::Shutdown::Write).unwrap();
+        connection.try_everything();
+        assert_eq!(connection.relay(0, &mut pipes), Next::Wait);
+        let mut heard = Vec::new();
+        client.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, b"all");
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        connection.try_everything();
+        assert_eq!(connection.relay(0, &mut pipes), Next::End(How::Closed));
+        assert_eq!(backend.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn whose_bytes_were_lost_hears_no_orderly_end() {
+        let (mut connection, mut client, mut backend) = relayed();
+        let mut pipes = Pipes::new(4, 1);
+        client.write_all(b"nobody reads this").unwrap();
+        backend.shutdown(std::net::Shutdown::Read).unwrap();
+        backend.write_all(b"all").unwrap();
+        connection.try_everything();
+        assert_eq!(connection.relay(0, &mut pipes), Next::Wait);
+        assert!(connection.up.lost);
+        drop(backend);
+        connection.try_everything();
+        assert_eq!(connection.relay(0, &mut pipes), Next::End(How::Failed(Side::Backend)));
+        let mut heard = [0; 4];
+        assert_eq!(client.read(&mut heard).unwrap(), 3);
+        // What comes now is for `end` to say.
+        assert_eq!(client.read(&mut heard).unwrap_err().kind(), ErrorKind::WouldBlock);
+    }
+}

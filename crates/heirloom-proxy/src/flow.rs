@@ -30,7 +30,7 @@ pub(crate) struct Flow {
     pub(crate) writable: bool,
     /// The source has ended.
     pub(crate) ended: bool,
-    /// The end was passed on, or the sink takes nothing any more: nothing is moved from now on.
+    /// All was moved, and the end is passed on, or the sink takes nothing any more: nothing is moved from now on.
     pub(crate) done: bool,
     /// The sink has gone before it had everything.
     pub(crate) lost: bool,
@@ -43,6 +43,8 @@ pub(crate) struct Flow {
 pub(crate) enum Turned {
     /// There is nothing to do before source or sink tell of something.
     Waits,
+    /// The sink has everything, and is to hear the end now.
+    Ended,
     /// There may be more to do; others have their turn first.
     More,
     /// No pipe was to be had.
@@ -80,9 +82,8 @@ impl Flow {
                 continue;
             }
             if self.ended {
-                sink.finish();
                 self.done = true;
-                return Turned::Waits;
+                return Turned::Ended;
             }
             if !self.readable {
                 return Turned::Waits;

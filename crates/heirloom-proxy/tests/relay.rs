@@ -315,9 +315,11 @@ fn a_backend_that_reads_no_more_is_heard_to_its_end() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("backend");
     let listener = UnixListener::bind(&path).unwrap();
+    let (reads_no_more, told) = std::sync::mpsc::channel();
     thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         stream.shutdown(Shutdown::Read).unwrap();
+        reads_no_more.send(()).unwrap();
         for n in 0..1000 {
             stream.write_all(format!("{n:09}\n").repeat(1000).as_bytes()).unwrap();
         }
@@ -325,6 +327,8 @@ fn a_backend_that_reads_no_more_is_heard_to_its_end() {
     let engine =
         fresh(config(&format!("[[listener]]\nlisten = \"127.0.0.1:0\"\nto = [\"unix:{}\"]", path.display())));
     let mut client = connect(address(&engine));
+    // What comes before that lies unread when the backend ends, which resets the connection.
+    told.recv().unwrap();
     client.write_all(b"nobody reads this").unwrap();
     wait_until(&engine, "it is held up", |report| report.pipes_in_use == 1);
     let (mut heard, mut buffer) = (Vec::new(), vec![0; 1 << 20]);
