@@ -36,9 +36,11 @@ enum Step {
     ToggleBackend,
     /// A configuration with an address that somebody else has.
     Unbindable,
+    /// A configuration that is none.
+    Unreadable,
 }
 
-const STEPS: [Step; 20] = [
+const STEPS: [Step; 21] = [
     Step::Hand(Handover::Reload),
     Step::Hand(Handover::Upgrade),
     Step::Hand(Handover::Upgrade),
@@ -59,6 +61,7 @@ const STEPS: [Step; 20] = [
     Step::ToggleBackend,
     Step::ToggleBackend,
     Step::Unbindable,
+    Step::Unreadable,
 ];
 
 #[test]
@@ -204,6 +207,10 @@ impl Scene {
                     format!("[[listener]]\nname = \"taken\"\nlisten = \"{address}\"\npool = \"all\"\n");
                 let broken = self.proxy.configuration() + &listener;
                 self.proxy.refuses(&broken, &[&address, "in use"]);
+            }
+            Step::Unreadable => {
+                let broken = self.proxy.configuration() + "lisen = 1\n";
+                self.proxy.refuses(&broken, &["unknown key `lisen`"]);
             }
         }
     }

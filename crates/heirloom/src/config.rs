@@ -26,6 +26,8 @@ pub struct Config {
     pub fencing: Fencing,
     /// Which requests the application answers itself.
     pub delegate: Delegate,
+    /// Which upgrades begin with a preflight.
+    pub preflights: Preflights,
     /// Whether the incumbent can be replaced by a process outside of its unit.
     pub outsiders: Outsiders,
     /// Whether this process, as a successor, takes over although it is such an outsider. The incumbent's supervisor may then start
@@ -50,6 +52,25 @@ pub struct Delegate {
     pub upgrade: bool,
     /// [`Request::Status`](crate::control::Request::Status).
     pub status: bool,
+}
+
+/// Which upgrades begin with a preflight. A dry run is one, and there is always one before there is no way back: in place.
+///
+/// ```
+/// use heirloom::{Config, Preflights};
+///
+/// let config = Config { preflights: Preflights::InPlace, ..Config::default() };
+/// assert_ne!(config.preflights, Preflights::default());
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preflights {
+    /// All of them.
+    #[default]
+    All,
+    /// Not those beside, which begin with the takeover: the new program is started once instead of twice. It is for a program whose
+    /// takeover finds out whatever its preflight would, before [`Offered::ready`](crate::Offered::ready), and tells the
+    /// incumbent: by [`Successor::withdraw`](crate::Successor::withdraw) of a wrong configuration.
+    InPlace,
 }
 
 /// Whether a process that does not belong to the incumbent's unit may take over.

@@ -64,7 +64,7 @@ pub mod upgrade;
 
 pub use bundle::{Bundle, BundleError, Taken as TakenItem};
 pub use codec::{Cbor, Codec, CodecError};
-pub use config::{Config, Delegate, Outsiders};
+pub use config::{Config, Delegate, Outsiders, Preflights};
 pub use control::request::{NoRequests, VersionRange};
 pub use incumbent::{
     Asked, Batch, ConnectionId, Delegated, Freeze, HandoverError, Incumbent, Offer, Outcome, StatusAsked,

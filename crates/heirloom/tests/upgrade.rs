@@ -16,7 +16,9 @@ use heirloom::control::{Client, Failure, FailureCode, Reply, Request};
 use heirloom::manifest::{Base, read_sealed};
 use heirloom::protocol::Step;
 use heirloom::upgrade::{AskError, Launch, Upgrade, Upgraded, ask};
-use heirloom::{Bundle, Config, Incumbent, Limits, NoRequests, Outcome, Replace, Service, Start, Turn};
+use heirloom::{
+    Bundle, Config, Incumbent, Limits, NoRequests, Outcome, Preflights, Replace, Service, Start, Turn,
+};
 use heirloom_sys::SignalMask;
 use rustix::io::{FdFlags, fcntl_getfd};
 use support::*;
@@ -60,6 +62,10 @@ impl Server {
     }
 
     fn start_with(manner: Manner, script: &str, config: Config) -> Server {
+        Server::start_for(manner, script, config, true)
+    }
+
+    fn start_for(manner: Manner, script: &str, config: Config, in_place: bool) -> Server {
         let scratch = Scratch::new();
         let control = scratch.control();
         let file = scratch.path("new program");
@@ -73,7 +79,7 @@ impl Server {
             program: file.clone(),
             name: "new".into(),
             arguments: Vec::new(),
-            in_place: true,
+            in_place,
         });
         let (sender, events) = channel();
         let thread = thread::spawn(move || {
@@ -275,6 +281,36 @@ fn a_preflight_that_hangs_is_ended() {
 
 /// The manifest of an inspection is the one of a takeover, and waits for one that is going on: what has changed since an
 /// offer is reckoned from the last that was written.
+#[test]
+fn where_the_takeover_finds_out_as_much_the_program_is_started_once() {
+    let notes_its_role = r#"echo "${HEIRLOOM_UPGRADE%%:*}" >> "$0.roles"; exit 3"#;
+    let config = || Config { preflights: Preflights::InPlace, ..Config::default() };
+    let server = Server::start_for(Manner::Willing, notes_its_role, config(), false);
+    let roles = server.script.with_file_name("new program.roles");
+    let failure = server.fails(Upgrade::default());
+    assert_eq!(failure.code, FailureCode::RolledBack);
+    assert!(failure.message.contains("exit status: 3) before it took over"), "{}", failure.message);
+    assert_eq!(std::fs::read_to_string(&roles).unwrap(), "successor\n");
+    assert_eq!(server.events(), [], "nothing was to be written down");
+
+    // There is one where it is asked for, and before there is no way back.
+    for asked in
+        [Upgrade { dry_run: true, ..Upgrade::default() }, Upgrade { in_place: true, ..Upgrade::default() }]
+    {
+        std::fs::remove_file(&roles).unwrap();
+        let failure = server.fails(asked);
+        assert!(failure.message.contains("exit status: 3) without an answer"), "{}", failure.message);
+        assert_eq!(std::fs::read_to_string(&roles).unwrap(), "preflight\n");
+        assert_eq!(server.events(), [Event::Offered]);
+    }
+
+    std::fs::remove_file(&server.script).unwrap();
+    let failure = server.fails(Upgrade::default());
+    assert_eq!(failure.code, FailureCode::RolledBack);
+    assert!(failure.message.contains("cannot start") && failure.message.contains("No such file"));
+    server.end();
+}
+
 #[test]
 fn an_inspection_shows_what_a_takeover_would_carry() {
     let server = Server::start(Manner::Willing, PASSES);

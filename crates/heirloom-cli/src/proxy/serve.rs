@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow};
 use heirloom::{Bundle, NoRequests, Service, Start, Successor, Taken, courtesy};
+use heirloom_proxy::config::ConfigError;
 use heirloom_proxy::{Config, Prepared, Ready};
 
 use super::Args;
@@ -25,8 +26,14 @@ pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
     let path = args.control()?;
     let config = match args.config() {
         Ok(config) => config,
-        Err(error) if heirloom::upgrade::is_preflight() => return answer(args, &path, Err(error.into())),
-        Err(error) => return Err(Failure::new(Exit::Failed, error)),
+        Err(error) => {
+            if heirloom::upgrade::is_asked()
+                && let Err(failure) = answer(args, &path, &error)
+            {
+                tracing::warn!("the incumbent was not told: {failure}");
+            }
+            return Err(Failure::new(Exit::Failed, error));
+        }
     };
     loop {
         match start(args, &path)? {
@@ -75,16 +82,21 @@ pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
 fn start(args: &Args, path: &Path) -> Result<Start<NoRequests>, Failure> {
     let service = Service::new(SERVICE).program("heirloom", env!("CARGO_PKG_VERSION"));
     let delegate = heirloom::Delegate { status: true, ..heirloom::Delegate::default() };
-    let settings = heirloom::Config { force: args.force(), delegate, ..heirloom::Config::default() };
+    // A takeover finds out as much.
+    let preflights = heirloom::Preflights::InPlace;
+    let settings =
+        heirloom::Config { force: args.force(), delegate, preflights, ..heirloom::Config::default() };
     Ok(heirloom::start(path, service, settings, args.replace())?)
 }
 
-/// Tells an incumbent that asks what is wrong with the configuration.
-fn answer(args: &Args, path: &Path, checked: anyhow::Result<()>) -> Result<Exit, Failure> {
-    if let (Start::Preflight(preflight), Err(error)) = (start(args, path)?, checked) {
-        preflight.refuse(format!("{error:#}"))?;
+/// Tells the incumbent that has started this process what is wrong with the configuration.
+fn answer(args: &Args, path: &Path, wrong: &ConfigError) -> Result<(), Failure> {
+    match start(args, path)? {
+        Start::Preflight(preflight) => preflight.refuse(wrong)?,
+        Start::Successor(successor) => successor.withdraw(wrong),
+        _ => {}
     }
-    Ok(Exit::Failed)
+    Ok(())
 }
 
 fn fresh(config: Config) -> anyhow::Result<Ready> {
@@ -93,7 +105,13 @@ fn fresh(config: Config) -> anyhow::Result<Ready> {
 
 /// Takes everything over, with what costs time done while the incumbent still serves.
 fn take_over(successor: Successor, config: Config) -> Result<(Taken<NoRequests>, Ready), Failure> {
-    let mut prepared = Prepared::new(config).map_err(rolled_back)?;
+    let mut prepared = match Prepared::new(config) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            successor.withdraw(&error);
+            return Err(rolled_back(error));
+        }
+    };
     let offered = successor.receive_each(|entry, descriptor| prepared.register(entry, descriptor))?;
     let mut ready = match prepared.offer(offered.bundle()) {
         Ok(ready) => ready,

@@ -154,6 +154,7 @@ impl<A> Incumbent<A> {
             Some(Want::Freeze) => return Ok(Turn::Freeze(Freeze { incumbent: Some(self) })),
             None => {}
         }
+        self.start_unchecked(now);
         if self.upgrade_wants_offer() {
             return Ok(Turn::Offer(Offer { incumbent: Some(self), audience: Audience::Preflight }));
         }

@@ -1,4 +1,4 @@
-//! An upgrade as it runs at the incumbent: a preflight of the new program, and then a takeover by it or an execve.
+//! An upgrade as it runs at the incumbent: a preflight of the new program, if there is one, and then a takeover by it or an execve.
 //!
 //! One of them at a time, and no takeover beside it but the one by the program that it has started. Until the execve or
 //! the takeover's own commit a failure leaves everything as it was, and whoever asked hears the reason.
@@ -14,6 +14,7 @@ use super::Incumbent;
 use super::connection::ConnectionId;
 use super::turn::{HandoverError, Outcome};
 use crate::clock;
+use crate::config::Preflights;
 use crate::control::request::{Failure, FailureCode, Reply};
 use crate::control::status::LastTakeover;
 use crate::courtesy;
@@ -54,6 +55,8 @@ enum Phase {
     Freeze { offered: Offered },
     /// In place: it has stopped, and signals wait.
     Frozen { offered: Offered, signal_mask: SignalMask, frozen_at_ns: u64 },
+    /// Beside, without a preflight: the successor is to be started.
+    Start,
     /// The successor was started. Until it has asked to take over there is a deadline.
     Successor { successor: StartedSuccessor, asks_until: Option<Instant> },
 }
@@ -124,12 +127,14 @@ impl<A> Incumbent<A> {
             dry_run = request.dry_run,
             "upgrade begins"
         );
+        let is_checked_first =
+            request.dry_run || launch.in_place || self.config.preflights == Preflights::All;
         self.upgrade = Some(Box::new(Running {
             launch,
             dry_run: request.dry_run,
             client,
             began_at_ns: clock::monotonic_ns(),
-            phase: Phase::Offer,
+            phase: if is_checked_first { Phase::Offer } else { Phase::Start },
         }));
         Ok(())
     }
@@ -207,6 +212,13 @@ impl<A> Incumbent<A> {
         Ok(())
     }
 
+    /// Starts the successor, if it is to be started without a preflight.
+    pub(super) fn start_unchecked(&mut self, now: Instant) {
+        if let Some(running) = self.upgrade.take_if(|running| matches!(running.phase, Phase::Start)) {
+            self.start_successor(running, now);
+        }
+    }
+
     /// Something has happened to the child, or its time is up.
     pub(super) fn run_upgrade(&mut self, now: Instant) {
         let takes_over = self.takeover.is_some();
@@ -234,7 +246,7 @@ impl<A> Incumbent<A> {
 
     pub(super) fn upgrade_deadline(&self) -> Option<Instant> {
         match &self.upgrade.as_deref()?.phase {
-            Phase::Offer | Phase::Freeze { .. } => Some(Instant::now()),
+            Phase::Offer | Phase::Start | Phase::Freeze { .. } => Some(Instant::now()),
             Phase::Check { check, .. } => Some(check.deadline()),
             Phase::Successor { asks_until, .. } => *asks_until,
             Phase::Frozen { .. } => None,

@@ -5,8 +5,8 @@
 //!
 //! 1. **Preflight.** The new program is started as a child that gets the incumbent's current manifest, without
 //!    descriptors. It validates its own configuration, decodes the manifest, answers and ends ([`Preflight`]). Nothing is
-//!    frozen. A dry run ends here.
-//! 2. **Takeover**, the usual case: the new program is started again, and takes over by the socket transport.
+//!    frozen. A dry run ends here. A program may [do without](crate::Preflights) where the next stage finds out as much.
+//! 2. **Takeover**, the usual case: the new program is started, and takes over by the socket transport.
 //!    **In place**, for a program that sits at a terminal or is PID 1: everything is frozen, and the incumbent becomes the
 //!    new program by `execve(2)` ([`exec`](crate::transport::exec)).
 //!
@@ -30,12 +30,13 @@ pub(crate) use launch::StartedSuccessor;
 pub(crate) use preflight::path_section;
 pub(crate) use role::{Role, environment};
 
-/// Whether this process is only asked whether it could take over. [`start`](crate::start()) then returns
-/// [`Start::Preflight`](crate::Start::Preflight): a program whose configuration is wrong says so there, to the incumbent.
+/// Whether an incumbent has started this process, to take over or to say whether it could. A program whose configuration is wrong
+/// goes on then to [`start`](crate::start()), and says so to the incumbent: by [`Preflight::refuse`] or
+/// [`Successor::withdraw`](crate::Successor::withdraw).
 ///
 /// ```
-/// assert!(!heirloom::upgrade::is_preflight());
+/// assert!(!heirloom::upgrade::is_asked());
 /// ```
-pub fn is_preflight() -> bool {
-    matches!(Role::of_this_process(), Some(Role::Preflight { .. }))
+pub fn is_asked() -> bool {
+    matches!(Role::of_this_process(), Some(Role::Preflight { .. } | Role::Successor { .. }))
 }

@@ -184,6 +184,25 @@ impl Successor {
         &self.takeover.welcome
     }
 
+    /// Gives up before anything was received, and tells the incumbent why: the configuration is wrong, for example.
+    ///
+    /// ```
+    /// use heirloom::{Offered, Successor, TakeoverError};
+    ///
+    /// fn begin(successor: Successor, config: Result<u16, String>) -> Option<Result<Offered, TakeoverError>> {
+    ///     match config {
+    ///         Ok(_) => Some(successor.receive()),
+    ///         Err(wrong) => {
+    ///             successor.withdraw(wrong);
+    ///             None
+    ///         }
+    ///     }
+    /// }
+    /// ```
+    pub fn withdraw(self, why: impl ToString) {
+        self.takeover.withdraw(&why.to_string());
+    }
+
     /// Waits for the offer: the base manifest, and every descriptor in it.
     ///
     /// # Errors
