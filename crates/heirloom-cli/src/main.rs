@@ -23,6 +23,7 @@ use std::io::Write;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use exit::Exit;
+use heirloom::courtesy;
 use page::Page;
 
 /// Hands live connections to the process that replaces this one.
@@ -105,8 +106,20 @@ fn parse() -> Result<Cli, clap::Error> {
     Cli::from_arg_matches(&command().try_get_matches()?).map_err(|error| error.format(&mut command()))
 }
 
+/// As [`parse`], which takes half a millisecond, in which the incumbent that has started this process goes first.
+fn parse_courteously() -> Result<Cli, clap::Error> {
+    if heirloom::upgrade::is_asked() {
+        courtesy::give_way();
+    }
+    courtesy::next_step();
+    let parsed = parse();
+    courtesy::next_step();
+    courtesy::take_turns();
+    parsed
+}
+
 fn main() -> Exit {
-    let cli = match parse() {
+    let cli = match parse_courteously() {
         Ok(cli) => cli,
         Err(answer) => {
             let _ = answer.print();

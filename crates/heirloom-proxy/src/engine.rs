@@ -1,9 +1,9 @@
 //! A proxy that serves: its loops, and how everything in them is handed over.
 
 use std::collections::BTreeMap;
-use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, MutexGuard};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use heirloom::manifest::{Base, Change, Delta};
@@ -150,12 +150,19 @@ impl Engine {
     }
 
     /// Another process has everything: the threads end, and what is still to be written to the access log is written, for so long at
-    /// most.
-    pub fn leave(mut self, within: Duration) {
+    /// most. Everything is let go of as long as the calling thread [gives way](courtesy); what is left then is closed when this is
+    /// dropped, or by the end of the process, which takes less time.
+    pub fn leave(&mut self, within: Duration) {
         self.shared.gate.abandon();
         self.shared.loops.iter().for_each(|post| drop(post.waker.wake()));
-        // The end of the process takes long, and is to be in the thread that gives way.
-        mem::take(&mut self.loops).into_iter().for_each(|one| drop(one.thread.join()));
+        for (done, _) in self.lent.take().into_iter().flatten().enumerate() {
+            courtesy::step(done, AT_ONCE);
+        }
+        // In this thread, which gives way.
+        for LoopThread { state, thread } in &mut self.loops {
+            let _ = thread.take().map(JoinHandle::join);
+            state.lock().expect("a loop does not panic").let_go();
+        }
         self.write_access_log(within);
     }
 

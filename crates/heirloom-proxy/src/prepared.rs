@@ -256,7 +256,7 @@ impl Prepared {
                     move || event_loop::run(poll, &state, &shared)
                 };
                 let thread = thread::Builder::new().name(format!("loop {number}")).spawn(run)?;
-                threads.loops.push(LoopThread { state, thread });
+                threads.loops.push(LoopThread { state, thread: Some(thread) });
             }
             Ok(())
         })?;

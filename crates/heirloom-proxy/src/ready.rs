@@ -61,7 +61,8 @@ pub(crate) struct Threads {
 /// A thread, and the state of its loop.
 pub(crate) struct LoopThread {
     pub(crate) state: Arc<Mutex<EventLoop>>,
-    pub(crate) thread: JoinHandle<()>,
+    /// Until it was waited for.
+    pub(crate) thread: Option<JoinHandle<()>>,
 }
 
 impl Threads {

@@ -11,7 +11,7 @@
 //! steps are there.
 
 use std::cell::Cell;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use heirloom_sys::{set_time_slice, time_slice};
 
@@ -21,8 +21,8 @@ const IN_STEPS: Duration = Duration::from_micros(100);
 const AT_LENGTH: Duration = Duration::from_millis(100);
 
 thread_local! {
-    /// The calling thread has asked to.
-    static GIVES_WAY: Cell<bool> = const { Cell::new(false) };
+    /// How long the calling thread has asked to wait for others, in all that is left; zero for one that takes its turns.
+    static PATIENCE: Cell<Duration> = const { Cell::new(Duration::ZERO) };
 }
 
 /// The calling thread gives way from now on, as do the threads and programs that it starts.
@@ -38,17 +38,37 @@ thread_local! {
 /// courtesy::take_turns();
 /// ```
 pub fn give_way() {
-    GIVES_WAY.set(true);
+    give_way_for(Duration::MAX);
+}
+
+/// As [`give_way`], until the calling thread has waited so long for others, in all; from then on it takes its turn. It is for what is
+/// to be over soon even on a machine that has no processor to spare.
+///
+/// ```
+/// use heirloom::courtesy;
+/// use std::time::Duration;
+///
+/// courtesy::give_way_for(Duration::from_millis(20));
+/// (0..1000).for_each(|task| courtesy::step(task, 100));
+/// courtesy::take_turns();
+/// ```
+pub fn give_way_for(patience: Duration) {
+    PATIENCE.set(patience);
     set(IN_STEPS);
 }
 
 /// The calling thread takes its turn as any other, after it, or who has started it, gave way.
 pub fn take_turns() {
-    GIVES_WAY.set(false);
+    PATIENCE.set(Duration::ZERO);
     // Whoever has started this thread may have given way; a slice that somebody else has chosen stays.
     if let Ok(Some(IN_STEPS | AT_LENGTH)) = time_slice() {
         set(Duration::ZERO);
     }
+}
+
+/// Whether the calling thread gives way.
+pub fn gives_way() -> bool {
+    !PATIENCE.get().is_zero()
 }
 
 /// The calling thread does nothing any more for which somebody waits, and does it at length: it ends its process, for example.
@@ -66,19 +86,26 @@ pub fn step(done: usize, of: usize) {
 
 /// A step has been done: others go first, if the calling thread gives way.
 pub fn next_step() {
-    if GIVES_WAY.get() {
-        std::thread::yield_now();
+    if !gives_way() {
+        return;
+    }
+    let began = Instant::now();
+    std::thread::yield_now();
+    match PATIENCE.get().saturating_sub(began.elapsed()) {
+        Duration::ZERO => take_turns(),
+        left => PATIENCE.set(left),
     }
 }
 
 /// Does something long, and lets others go first meanwhile if the calling thread gives way.
 pub(crate) fn at_length<T>(work: impl FnOnce() -> T) -> T {
-    if !GIVES_WAY.get() {
+    if !gives_way() {
         return work();
     }
+    let patience = PATIENCE.get();
     step_back();
     let done = work();
-    give_way();
+    give_way_for(patience);
     done
 }
 
@@ -120,6 +147,24 @@ mod tests {
             step_back();
             take_turns();
             assert_eq!(now(), before);
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn who_has_waited_long_enough_takes_its_turn() {
+        std::thread::spawn(|| {
+            let before = now();
+            give_way_for(Duration::from_nanos(1));
+            next_step();
+            assert_eq!((now(), gives_way()), (before, false));
+            give_way_for(Duration::from_secs(3600));
+            next_step();
+            at_length(|| ());
+            let left = PATIENCE.get();
+            assert!(left > Duration::ZERO && left < Duration::from_secs(3600), "{left:?}");
+            take_turns();
         })
         .join()
         .unwrap();

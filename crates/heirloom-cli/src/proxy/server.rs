@@ -28,6 +28,8 @@ const FLUSH_WITHIN: Duration = Duration::from_secs(1);
 const FLUSH_IN_PLACE_WITHIN: Duration = Duration::from_millis(100);
 /// The same while nobody serves.
 const FLUSH_FROZEN_WITHIN: Duration = Duration::from_millis(20);
+/// How long in all the end of a process that was replaced waits for those that serve, on a busy machine.
+const LEAVE_PATIENCE: Duration = Duration::from_millis(3);
 
 pub(super) struct Server {
     poll: Poll,
@@ -77,12 +79,15 @@ impl Server {
     /// Serves until the proxy is replaced, stopped, or fails.
     pub(super) fn run(mut self) -> Result<Exit, Failure> {
         let next = self.serve();
-        let Server { incumbent, engine, supervisor, .. } = self;
+        let Server { incumbent, mut engine, supervisor, .. } = self;
         match next {
             // Also after a failure everything may be somebody else's.
             Ok(Next::Replaced) | Err(_) => {
-                courtesy::step_back();
+                courtesy::give_way_for(LEAVE_PATIENCE);
                 engine.leave(FLUSH_WITHIN);
+                courtesy::step_back();
+                // The end of the process closes what is left in less time.
+                std::mem::forget(engine);
             }
             Ok(_) => {
                 supervisor.tell(Message::new().stopping());

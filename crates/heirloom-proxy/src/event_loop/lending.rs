@@ -1,14 +1,20 @@
-//! What a loop does for a handover: it shows what there is, and keeps account of what changes until the freeze.
+//! What a loop does for a handover: it shows what there is, keeps account of what changes until the freeze, and lets go of
+//! everything that another process has by then.
 
 use std::mem;
+use std::os::fd::AsFd;
 
-use heirloom::Kind;
+use heirloom::runtime::mio::deregister;
+use heirloom::{Kind, courtesy};
 
 use super::EventLoop;
 use crate::connection::{How, Stage};
 use crate::handover::Snapshot;
-use crate::id::Key;
+use crate::id::{Key, Side};
 use crate::socket;
+
+/// Of how many connections is let go before others have their turn.
+const LET_GO: usize = 16;
 
 impl EventLoop {
     /// Begins to keep account of what changes, and tells what there is, in ascending order. None may be dormant.
@@ -58,6 +64,24 @@ impl EventLoop {
             self.touched.push(key);
         }
         (self.touched.clone(), self.ended.clone())
+    }
+
+    /// Another process has everything: lets go of it plainly, some at a time, as long as this thread gives way. To close a poller at
+    /// once takes long, and nobody who waits for its processor goes first.
+    pub(crate) fn let_go(&mut self) {
+        let keys: Vec<Key> = self.connections.keys().copied().collect();
+        for (done, key) in keys.into_iter().enumerate() {
+            if !courtesy::gives_way() {
+                return;
+            }
+            let Some(connection) = self.connections.remove(&key) else { continue };
+            for side in [Side::Client, Side::Backend] {
+                // One that is not relayed yet may not be registered.
+                let _ = connection.socket(side).map(|socket| deregister(&self.registry, socket.as_fd()));
+            }
+            drop(connection);
+            courtesy::step(done, LET_GO);
+        }
     }
 
     /// Ends everything.
