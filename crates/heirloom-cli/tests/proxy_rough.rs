@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 use support::echo::Echo;
-use support::proc::time_running;
+use support::proc::{processors, time_running};
 use support::proxy::{Handover, Proxy};
 use support::*;
 
@@ -274,4 +274,34 @@ fn when_every_backend_refuses_each_client_is_told_at_once() {
     let report = proxy.status().application.expect("a proxy's");
     assert_eq!(report["listeners"][0]["refused"], 1000);
     proxy.finish();
+}
+
+#[test]
+fn loops_stay_on_a_processor_each_if_that_is_wanted_and_nothing_else_does() {
+    let echo = Echo::tcp(NAME);
+    let listener =
+        format!("[[listener]]\nname = 'main'\nlisten = '127.0.0.1:0'\nto = ['{}']\n", echo.address());
+    let mut proxy = Proxy::start(&listener);
+    let all = processors(std::process::id(), "").pop().expect("this thread");
+    assert!(processors(proxy.status().pid, "").iter().all(|of_thread| *of_thread == all));
+
+    proxy.configure(&format!("pin_threads = true\n{listener}"));
+    for _ in 0..2 {
+        // The second one is started by one whose loops are pinned.
+        proxy.hand_over(Handover::Reload);
+        let pid = proxy.status().pid;
+        let mut of_loops = processors(pid, "loop ");
+        assert!(of_loops.iter().all(|one| one.parse::<usize>().is_ok()), "{of_loops:?} of {all}");
+        let (loops, room) = (of_loops.len(), std::thread::available_parallelism().expect("a number").get());
+        of_loops.sort();
+        of_loops.dedup();
+        assert_eq!(of_loops.len(), loops.min(room), "{of_loops:?} of {all}");
+        assert_eq!(processors(pid, "heirloom"), [all.as_str()], "the thread that starts others");
+    }
+    let mut client = connect(&proxy.address());
+    is_greeted(&mut client).expect("it relays");
+    proxy.configure(&listener);
+    proxy.hand_over(Handover::Reload);
+    assert!(processors(proxy.status().pid, "").iter().all(|of_thread| *of_thread == all));
+    talk(&mut client, "still there").expect("it relays");
 }

@@ -41,6 +41,7 @@ mod tests {
     fn config(threads: usize, max_connections: Option<usize>) -> Config {
         Config {
             threads: NonZeroUsize::new(threads),
+            pin_threads: false,
             max_connections,
             drain: None,
             access_log: None,

@@ -15,6 +15,7 @@ use heirloom::runtime::mio::register;
 use heirloom::{Bundle, Entry, ItemId, courtesy};
 use heirloom_sys::SignalMask;
 use mio::{Interest, Poll, Waker};
+use rustix::thread::{CpuSet, sched_getaffinity};
 
 use crate::access::AccessWriter;
 use crate::address::Address;
@@ -246,6 +247,8 @@ impl Prepared {
     /// Starts the threads, which wait behind the gate.
     fn spawn(&mut self, shared: Arc<Shared>) -> io::Result<Threads> {
         let mut threads = Threads { shared, loops: Vec::new(), begun: false };
+        let mut processors =
+            self.config.pin_threads.then(own_processors).transpose()?.into_iter().flatten().cycle();
         without_signals(|| {
             for (number, poll) in mem::take(&mut self.polls).into_iter().enumerate() {
                 let (shared, registry) = (Arc::clone(&threads.shared), poll.registry().try_clone()?);
@@ -253,7 +256,8 @@ impl Prepared {
                 let state = Arc::new(Mutex::new(state));
                 let run = {
                     let state = Arc::clone(&state);
-                    move || event_loop::run(poll, &state, &shared)
+                    let processor = processors.next();
+                    move || event_loop::run(poll, &state, &shared, processor)
                 };
                 let thread = thread::Builder::new().name(format!("loop {number}")).spawn(run)?;
                 threads.loops.push(LoopThread { state, thread: Some(thread) });
@@ -262,6 +266,12 @@ impl Prepared {
         })?;
         Ok(threads)
     }
+}
+
+/// The processors that this process may use.
+fn own_processors() -> io::Result<Vec<usize>> {
+    let set = sched_getaffinity(None)?;
+    Ok((0..CpuSet::MAX_CPU).filter(|&processor| set.is_set(processor)).collect())
 }
 
 impl Places {

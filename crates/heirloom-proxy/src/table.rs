@@ -310,6 +310,7 @@ mod tests {
         };
         let config = Config {
             threads: None,
+            pin_threads: false,
             max_connections: None,
             drain: None,
             access_log: None,

@@ -17,6 +17,8 @@ const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 pub(crate) enum Contender {
     /// This project's
     Heirloom,
+    /// With `--pin-threads`; steady state only
+    HeirloomPinned,
     /// As it comes: it copies
     Haproxy,
     /// With `option splice-request` and `splice-response`; steady state only
@@ -32,6 +34,7 @@ impl Contender {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Contender::Heirloom => "heirloom",
+            Contender::HeirloomPinned => "heirloom pinned",
             Contender::Haproxy => "haproxy",
             Contender::HaproxySplice => "haproxy splice",
             Contender::Nginx => "nginx",
@@ -41,7 +44,12 @@ impl Contender {
 
     /// Whether it hands over as another one does, so that only its steady state is worth a look.
     pub(crate) fn differs_in_relaying_only(self) -> bool {
-        matches!(self, Contender::HaproxySplice | Contender::NginxLarge)
+        matches!(self, Contender::HeirloomPinned | Contender::HaproxySplice | Contender::NginxLarge)
+    }
+
+    /// Whether it is this project's.
+    pub(crate) fn is_ours(self) -> bool {
+        matches!(self, Contender::Heirloom | Contender::HeirloomPinned)
     }
 
     pub(crate) fn is_nginx(self) -> bool {
@@ -51,7 +59,7 @@ impl Contender {
     /// How many processes it takes to serve.
     pub(crate) fn processes(self, threads: usize) -> usize {
         match self {
-            Contender::Heirloom => 1,
+            Contender::Heirloom | Contender::HeirloomPinned => 1,
             // A master and a worker with so many threads.
             Contender::Haproxy | Contender::HaproxySplice => 2,
             // A master and so many workers.
@@ -62,7 +70,7 @@ impl Contender {
     /// Its program, if it is here; else what to do about it.
     pub(crate) fn program(self) -> Result<PathBuf, String> {
         let (program, needed) = match self {
-            Contender::Heirloom => {
+            Contender::Heirloom | Contender::HeirloomPinned => {
                 let beside =
                     std::env::current_exe().map_err(|error| error.to_string())?.with_file_name("heirloom");
                 let build = if cfg!(debug_assertions) { "cargo build" } else { "cargo build --release" };
@@ -96,13 +104,16 @@ impl Contender {
     ) -> anyhow::Result<Vec<OsString>> {
         let path = |name: &str| directory.join(name);
         let arguments: Vec<OsString> = match self {
-            Contender::Heirloom => {
+            Contender::Heirloom | Contender::HeirloomPinned => {
                 let [listen, to, threads] = [listen.to_string(), to.to_string(), threads.to_string()];
                 let mut arguments: Vec<OsString> =
                     ["proxy", "--listen", &listen, "--to", &to, "--threads", &threads, "--control"]
                         .map(OsString::from)
                         .into();
                 arguments.push(control(directory).into());
+                if self == Contender::HeirloomPinned {
+                    arguments.push("--pin-threads".into());
+                }
                 arguments
             }
             Contender::Haproxy | Contender::HaproxySplice => {

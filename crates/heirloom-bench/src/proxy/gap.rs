@@ -75,7 +75,7 @@ impl Sampled {
         let began = Instant::now();
         self.clients.tell(&Task::Begin)?;
         std::thread::sleep(MARGIN);
-        let wait = if self.contender == Contender::Heirloom { PATIENCE } else { WAIT };
+        let wait = if self.contender.is_ours() { PATIENCE } else { WAIT };
         self.proxy.hand_over(Cause::Reload, wait)?;
         std::thread::sleep(MARGIN);
         let watched = began.elapsed();

@@ -60,7 +60,7 @@ fn present(wanted: &[Contender]) -> anyhow::Result<Vec<Contender>> {
     for &contender in wanted {
         match contender.program() {
             Ok(_) => present.push(contender),
-            Err(missing) if contender == Contender::Heirloom => bail!(missing),
+            Err(missing) if contender.is_ours() => bail!(missing),
             Err(missing) => eprintln!("{} IS LEFT OUT: {missing}", contender.name()),
         }
     }

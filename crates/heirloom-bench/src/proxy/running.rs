@@ -132,7 +132,7 @@ impl Running {
         let master = self.master(&before)?;
         let upgrades_master = cause == Cause::Upgrade && self.contender.is_nginx();
         let leaving: Vec<OwnedFd> = match self.contender {
-            Contender::Heirloom => before.clone(),
+            Contender::Heirloom | Contender::HeirloomPinned => before.clone(),
             _ if upgrades_master => self.current.clone(),
             // The master stays.
             _ => self.current.iter().copied().filter(|&process| process != master).collect(),
@@ -142,7 +142,7 @@ impl Running {
         .collect();
         let mut asked = Instant::now();
         self.ask(cause, master)?;
-        if self.contender != Contender::Heirloom {
+        if !self.contender.is_ours() {
             let (newcomers, within) = match upgrades_master {
                 true => (self.contender.processes(self.threads), HEED_WITHIN),
                 false => (self.contender.processes(self.threads) - 1, START_WITHIN),
@@ -185,7 +185,7 @@ impl Running {
 
     /// Since when the one that serves does, if it tells.
     pub(crate) fn serving_since(&self) -> anyhow::Result<Option<SystemTime>> {
-        if self.contender != Contender::Heirloom {
+        if !self.contender.is_ours() {
             return Ok(None);
         }
         let output = Command::new(self.contender.program().map_err(anyhow::Error::msg)?)
@@ -213,7 +213,7 @@ impl Running {
 
     fn ask(&self, cause: Cause, master: Pid) -> anyhow::Result<()> {
         match (self.contender, cause) {
-            (Contender::Heirloom, Cause::Upgrade) => {
+            (Contender::Heirloom | Contender::HeirloomPinned, Cause::Upgrade) => {
                 let status = Command::new(self.contender.program().map_err(anyhow::Error::msg)?)
                     .args(["upgrade", "--control"])
                     .arg(control(self.directory.path()))
@@ -224,7 +224,9 @@ impl Running {
                     bail!("heirloom upgrade: {status}: {}", self.said());
                 }
             }
-            (Contender::Heirloom, Cause::Reload) => kill_process(master, Signal::HUP)?,
+            (Contender::Heirloom | Contender::HeirloomPinned, Cause::Reload) => {
+                kill_process(master, Signal::HUP)?
+            }
             // It executes itself anew in both cases.
             (Contender::Haproxy | Contender::HaproxySplice, _) => kill_process(master, Signal::USR2)?,
             (Contender::Nginx | Contender::NginxLarge, Cause::Reload) => kill_process(master, Signal::HUP)?,

@@ -24,7 +24,7 @@ const SIMPLE: [&str; 8] = [
     "access_log_format",
 ];
 /// The options of a proxy that serves, wherever its configuration comes from.
-const SERVING: [&str; 5] = ["threads", "control", "name", "replace", "force"];
+const SERVING: [&str; 6] = ["threads", "pin_threads", "control", "name", "replace", "force"];
 
 /// The options of `heirloom proxy`.
 #[derive(clap::Args, Clone, Debug)]
@@ -64,6 +64,9 @@ pub(crate) struct Args {
     /// How many event loops there are [default: as the configuration says, or one for each processor]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// Keep each event loop on a processor of its own, for a machine that does little else
+    #[arg(long)]
+    pin_threads: bool,
     /// After a reload, how long connections may go on with a backend that is not configured any more [default: until they end]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     drain: Option<Duration>,
@@ -106,7 +109,11 @@ impl Args {
         match &self.config {
             Some(file) => {
                 let config = Config::read(file)?;
-                Ok(Config { threads: self.threads.or(config.threads), ..config })
+                Ok(Config {
+                    threads: self.threads.or(config.threads),
+                    pin_threads: self.pin_threads || config.pin_threads,
+                    ..config
+                })
             }
             None => Config::simple(self.simple()),
         }
@@ -129,6 +136,7 @@ impl Args {
             idle_timeout: self.idle_timeout,
             max_connections: self.max_connections,
             threads: self.threads,
+            pin_threads: self.pin_threads,
             drain: self.drain,
             access_log: self.access_log.as_ref().map(|file| AccessLog { path: path(file), format }),
         }
@@ -195,6 +203,7 @@ mod tests {
             "--listen :80 --to 127.0.0.1:81 --threads 0",
             "--listen :80 --to 127.0.0.1:81 --name a --control /a",
             "--check a --threads 1",
+            "--check a --pin-threads",
             "--check a --name b",
             "--check a --control /b",
             "--check a --replace must",
@@ -204,7 +213,7 @@ mod tests {
         }
         for right in [
             "--listen :80 --to 127.0.0.1:81 --threads 2 --drain 0s --access-log x --access-log-format json --force",
-            "--config a --threads 2 --name b --replace must --force",
+            "--config a --threads 2 --pin-threads --name b --replace must --force",
             "--config a --control /b",
             "--check a",
         ] {
@@ -237,15 +246,17 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_loops_outranks_the_file() {
+    fn what_is_said_of_the_loops_outranks_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("a.toml");
         std::fs::write(&file, "threads = 2\n[[listener]]\nlisten = ':80'\nto = ['127.0.0.1:81']\n").unwrap();
         let threads = |more: &str| {
-            parse(&format!("--config {} {more}", file.display())).unwrap().config().unwrap().threads
+            let config = parse(&format!("--config {} {more}", file.display())).unwrap().config().unwrap();
+            (config.threads, config.pin_threads)
         };
-        assert_eq!(threads(""), NonZeroUsize::new(2));
-        assert_eq!(threads("--threads 5"), NonZeroUsize::new(5));
+        assert_eq!(threads(""), (NonZeroUsize::new(2), false));
+        assert_eq!(threads("--threads 5"), (NonZeroUsize::new(5), false));
+        assert_eq!(threads("--pin-threads"), (NonZeroUsize::new(2), true));
     }
 
     #[test]

@@ -95,9 +95,10 @@ fn write_named(f: &mut Formatter<'_>, what: &str, name: &str, address: &Address)
 
 fn write_whole(f: &mut Formatter<'_>, config: &Config) -> fmt::Result {
     match config.threads {
-        Some(threads) => writeln!(f, "threads: {threads}")?,
-        None => writeln!(f, "threads: one for each processor")?,
+        Some(threads) => write!(f, "threads: {threads}")?,
+        None => write!(f, "threads: one for each processor")?,
     }
+    writeln!(f, "{}", if config.pin_threads { ", pinned" } else { "" })?;
     match config.max_connections {
         Some(limit) => writeln!(f, "connections: at most {limit}")?,
         None => writeln!(f, "connections: as many as the limit on open files has room for")?,

@@ -28,7 +28,7 @@ A new configuration holds for new connections. Those that are established stay w
 configuration any more, until they end or the time of --drain is over. A configuration with something wrong in it, or \
 with an address that cannot be had, changes nothing: the old process serves on, and the log says why.
 
-The file is in TOML. In it are the keys threads, max_connections and drain; [access_log] with path and format; for each listener \
+The file is in TOML. In it are the keys threads, pin_threads, max_connections and drain; [access_log] with path and format; for each listener \
 [[listener]] with listen and either to (a list) or pool (a name), and name, idle_timeout, max_connections, keepalive, nodelay, \
 backlog and mode; and for each pool [pool.NAME] with backends, a list of addresses or of { address, name, max_connections }, \
 and balance, connect_timeout, retries, keepalive and nodelay. A key that is not known is an error. --check says what a file means.

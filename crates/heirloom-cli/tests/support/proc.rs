@@ -233,6 +233,19 @@ pub(crate) fn threads(pid: u32) -> Vec<String> {
     tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok()).collect()
 }
 
+/// On which processors the threads whose names begin so may run, as the kernel lists them.
+pub(crate) fn processors(pid: u32, name: &str) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads").flatten();
+    let statuses = tasks.filter_map(|task| fs::read_to_string(task.path().join("status")).ok());
+    let field = |status: &str, field: &str| {
+        let line =
+            status.lines().find_map(|line| line.strip_prefix(field).map(|value| value.trim().to_owned()));
+        line.expect("every thread has it")
+    };
+    let its = statuses.filter(|status| field(status, "Name:").starts_with(name));
+    its.map(|status| field(&status, "Cpus_allowed_list:")).collect()
+}
+
 /// How long its threads have run on a processor, in nanoseconds.
 pub(crate) fn time_running(pid: u32) -> u64 {
     let of = |thread: fs::DirEntry| -> Option<u64> {

@@ -12,3 +12,5 @@ pub(super) const KEEPALIVE: Duration = Duration::from_secs(60);
 pub(super) const NODELAY: bool = true;
 /// How many connections wait to be accepted; the kernel lowers it to `net.core.somaxconn`.
 pub(super) const BACKLOG: u32 = 4096;
+/// Whether event loops stay on a processor.
+pub(super) const PIN_THREADS: bool = false;

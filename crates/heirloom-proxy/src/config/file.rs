@@ -63,6 +63,7 @@ impl Config {
 fn config(text: &str) -> Result<Config, Wrong> {
     let mut top = Table::parse(text)?;
     let threads = top.take("threads", values::threads)?;
+    let pin_threads = top.take("pin_threads", values::boolean)?.unwrap_or(defaults::PIN_THREADS);
     let max_connections = top.take("max_connections", values::limit)?;
     let drain = top.take("drain", values::duration)?;
     let access_log = top.take_table("access_log")?.map(access_log).transpose()?;
@@ -86,7 +87,7 @@ fn config(text: &str) -> Result<Config, Wrong> {
             "there is no listener: write [[listener]] with `listen` and `to`",
         ));
     }
-    Ok(Config { threads, max_connections, drain, access_log, listeners, pools })
+    Ok(Config { threads, pin_threads, max_connections, drain, access_log, listeners, pools })
 }
 
 fn access_log(mut table: Table<'_>) -> Result<AccessLog, Wrong> {

@@ -34,6 +34,8 @@ pub use simple::Simple;
 pub struct Config {
     /// How many event loops; by default as many as there are processors for this process.
     pub threads: Option<NonZeroUsize>,
+    /// Whether each event loop stays on one of the processors for this process, in turn.
+    pub pin_threads: bool,
     /// How many connections there may be at once; by default as many as the limit on descriptors has room for.
     pub max_connections: Option<usize>,
     /// How long a connection may go on whose backend is no longer configured; by default until it ends.

@@ -38,6 +38,8 @@ pub struct Simple {
     pub max_connections: Option<usize>,
     /// How many event loops.
     pub threads: Option<NonZeroUsize>,
+    /// Whether each event loop stays on a processor.
+    pub pin_threads: bool,
     /// How long a connection may go on whose backend is no longer there after a reload.
     pub drain: Option<Duration>,
     /// Where it is written down which connections there were.
@@ -118,6 +120,7 @@ fn config(simple: Simple) -> Result<Config, String> {
     };
     Ok(Config {
         threads: simple.threads,
+        pin_threads: simple.pin_threads,
         max_connections: simple.max_connections,
         drain: simple.drain,
         access_log: simple.access_log,
@@ -139,6 +142,7 @@ mod tests {
     fn it_is_what_a_file_would_say() {
         let file = r#"
             threads = 2
+            pin_threads = true
             max_connections = 10
             drain = "1m"
             [[listener]]
@@ -160,6 +164,7 @@ mod tests {
             idle_timeout: Some(Duration::from_secs(3600)),
             max_connections: Some(10),
             threads: NonZeroUsize::new(2),
+            pin_threads: true,
             drain: Some(Duration::from_secs(60)),
             ..simple(&[":80", "unix:/run/a"], &["127.0.0.1:1", "127.0.0.1:2"])
         };

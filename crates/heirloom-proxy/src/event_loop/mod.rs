@@ -20,6 +20,7 @@ use heirloom::courtesy;
 use heirloom::runtime::mio::{deregister, reregister};
 use mio::{Events, Interest, Poll, Registry, Token};
 use rustix::io::Errno;
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::arriving::Dormant;
 use crate::clock::{self, Time, nanoseconds};
@@ -72,10 +73,13 @@ pub(crate) struct EventLoop {
     now: Time,
 }
 
-/// Runs a loop until the gate is abandoned.
-pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
+/// Runs a loop until the gate is abandoned, on this processor alone if there is one.
+pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared, processor: Option<usize>) {
     // Who has started this thread gives way.
     courtesy::take_turns();
+    if let Some(Err(error)) = processor.map(stay_on) {
+        tracing::warn!(%error, "cannot keep an event loop on a processor");
+    }
     let mut events = Events::with_capacity(EVENTS);
     let mut patience = Some(Duration::ZERO);
     while shared.gate.pass() {
@@ -98,6 +102,12 @@ pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared) {
         };
         patience = state.turn(&events);
     }
+}
+
+fn stay_on(processor: usize) -> io::Result<()> {
+    let mut only = CpuSet::new();
+    only.set(processor);
+    Ok(sched_setaffinity(None, &only)?)
 }
 
 impl EventLoop {

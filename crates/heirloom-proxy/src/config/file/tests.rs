@@ -13,6 +13,7 @@ fn parse(text: &str) -> Result<Config, ConfigError> {
 /// A file with everything in it that there is.
 const WHOLE: &str = r#"
 threads = 2
+pin_threads = true
 max_connections = 8_000
 drain = "10m"
 [access_log]
@@ -53,6 +54,7 @@ fn everything_that_can_be_said_is_read() {
     let config = parse(WHOLE).unwrap();
     let expected = Config {
         threads: NonZeroUsize::new(2),
+        pin_threads: true,
         max_connections: Some(8000),
         drain: Some(Duration::from_secs(600)),
         access_log: Some(AccessLog {
@@ -119,6 +121,7 @@ fn everything_that_can_be_said_is_read() {
 fn little_needs_to_be_said() {
     let config = parse("[[listener]]\nlisten = ':80'\nto = ['127.0.0.1:81', '127.0.0.1:82']").unwrap();
     assert_eq!((config.threads, config.max_connections, config.drain), (None, None, None));
+    assert!(!config.pin_threads);
     assert_eq!(config.access_log, None);
     let pool = &config.pools[0];
     assert_eq!((pool.name.as_str(), pool.balance), (":80", Balance::RoundRobin));
@@ -325,7 +328,7 @@ fn what_is_wrong_with_the_whole_is_said_too() {
 fn every_key_is_documented() {
     let page = include_str!("../../../../../docs/proxy.md");
     for (text, keys) in [
-        ("zzzzzz = 1", 6),
+        ("zzzzzz = 1", 7),
         ("[access_log]\nzzzzzz = 1", 2),
         ("[[listener]]\nzzzzzz = 1", 13),
         ("[pool.a]\nzzzzzz = 1", 6),
