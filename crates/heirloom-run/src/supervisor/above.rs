@@ -240,6 +240,14 @@ impl Core {
         }
     }
 
+    /// Keeps in the vault what another run has to know, beside what is stored and listened at.
+    pub(super) fn note(&mut self) {
+        if self.above.is_some() {
+            self.note_processes();
+            self.note_memory();
+        }
+    }
+
     /// Keeps the processes that are looked after in the vault: another run has to wait for their end.
     pub(super) fn note_processes(&mut self) {
         if self.above.is_none() {
@@ -341,8 +349,7 @@ impl Core {
         if self.above.is_none() {
             return;
         }
-        self.note_processes();
-        self.note_memory();
+        self.note();
         let command = self.main.as_ref().map(|main| main.pid);
         if let Some(above) = &mut self.above {
             above.look_at_limit(command, now);

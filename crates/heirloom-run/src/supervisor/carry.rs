@@ -196,6 +196,8 @@ impl Core {
         core.announced = carried.announced;
         core.ending = carried.ending;
         core.watch_main();
+        // A kill right now must not find them out of the vault.
+        core.note();
         core.reconcile_vault();
         tracing::info!(stored = core.store.len(), "upgraded in place");
         Ok(core)
