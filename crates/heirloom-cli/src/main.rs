@@ -106,7 +106,7 @@ fn parse() -> Result<Cli, clap::Error> {
     Cli::from_arg_matches(&command().try_get_matches()?).map_err(|error| error.format(&mut command()))
 }
 
-/// As [`parse`], which takes half a millisecond, in which the incumbent that has started this process goes first.
+/// As [`parse`], which takes half a millisecond: if an incumbent has started this process, it goes first before and after.
 fn parse_courteously() -> Result<Cli, clap::Error> {
     if heirloom::upgrade::is_asked() {
         courtesy::give_way();

@@ -2,7 +2,7 @@
 //!
 //! It promises: what a side has sent before it ends comes before its end; an end of one direction leaves the other as it is; a reset
 //! is passed on as a reset. A reset overtakes what the other side does not take at once, as it does without a relay. Whose bytes were
-//! lost never hears an orderly end, but a reset.
+//! lost hears a reset and no orderly end before it; a UNIX socket, which knows no reset, is shut down then.
 
 use std::net::SocketAddr;
 

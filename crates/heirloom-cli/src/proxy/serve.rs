@@ -82,7 +82,7 @@ pub(super) fn serve(args: &Args) -> Result<Exit, Failure> {
 fn start(args: &Args, path: &Path) -> Result<Start<NoRequests>, Failure> {
     let service = Service::new(SERVICE).program("heirloom", env!("CARGO_PKG_VERSION"));
     let delegate = heirloom::Delegate { status: true, ..heirloom::Delegate::default() };
-    // A takeover finds out as much.
+    // A takeover finds out whatever a preflight would, before anything is frozen.
     let preflights = heirloom::Preflights::InPlace;
     let settings =
         heirloom::Config { force: args.force(), delegate, preflights, ..heirloom::Config::default() };

@@ -196,7 +196,7 @@ impl Core {
         core.announced = carried.announced;
         core.ending = carried.ending;
         core.watch_main();
-        // A kill right now must not find them out of the vault.
+        // Before anything is taken out: whenever a kill comes, the next run is to know the process and what was learned.
         core.note();
         core.reconcile_vault();
         tracing::info!(stored = core.store.len(), "upgraded in place");
