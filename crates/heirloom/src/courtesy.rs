@@ -3,8 +3,8 @@
 //!
 //! Linux lets a thread run on for some milliseconds when others become ready, on the processor that they last had. A thread that
 //! [gives way](give_way) instead works in [steps](step) of some microseconds, after each of which whoever waits for its
-//! processor goes first, here or in another process. Its share of the processors stays what it is: it is never starved. The
-//! programs that it starts begin as it is.
+//! processor goes first, here or in another process. Its share of the processors stays what it is: it is never starved. What it may
+//! wait at once is a slice of 10 ms for each other thread that wants its processor. The programs that it starts begin as it is.
 //!
 //! Nothing gives way by itself: a program that serves in other threads than that of its control socket may ask for it there, and has
 //! to [take its turn](take_turns) as any other from just before its freeze. It takes no privileges. Before Linux 6.12 only the
@@ -17,8 +17,10 @@ use heirloom_sys::{set_time_slice, time_slice};
 
 /// The time slice of a thread that works in steps: the shorter, the less it loses by letting others go first.
 const IN_STEPS: Duration = Duration::from_micros(100);
-/// The time slice of one that does something long that is no step: whatever becomes ready goes first.
-const AT_LENGTH: Duration = Duration::from_millis(100);
+/// The time slice of one that does something long that is no step: whatever becomes ready goes first. No longer than that takes: a
+/// thread with a long slice waits until each of the others has had as much, and one that yields gives up what is left of it (Linux
+/// 6.18).
+const AT_LENGTH: Duration = Duration::from_millis(10);
 
 thread_local! {
     /// How long the calling thread has asked to wait for others, in all that is left; zero for one that takes its turns.
@@ -173,7 +175,7 @@ mod tests {
     #[test]
     fn a_slice_that_somebody_else_has_chosen_is_left_alone_by_who_did_not_give_way() {
         std::thread::spawn(|| {
-            set_time_slice(Duration::from_millis(10)).unwrap();
+            set_time_slice(Duration::from_millis(20)).unwrap();
             let chosen = now();
             take_turns();
             assert_eq!(now(), chosen);
