@@ -459,6 +459,32 @@ fn promised(log: &str, held: &BTreeSet<String>) -> (BTreeSet<String>, BTreeSet<S
 }
 
 #[test]
+fn it_is_upgraded_in_place_while_the_command_puts_without_a_pause() {
+    if !has_python() {
+        return;
+    }
+    let nested = Nested::start(&["--listen", LISTEN]);
+    let mut puppet = nested.outer.next();
+    puppet.tell(WORK);
+    let path = nested.directory.path().join("log");
+    puppet.begin(&format!("work('{}', 0, [])", path.display()));
+    let puts = || nested.status().counters["puts"];
+    for _ in 0..10 {
+        let before = puts();
+        wait_for("further puts", || puts() > before);
+        heirloom::upgrade::ask(&nested.control(), Upgrade { itself: true, ..Upgrade::default() }, LONG)
+            .unwrap();
+    }
+    // The pages above are still those in which things are kept.
+    nested.kill_inner(Signal::KILL);
+    let next = nested.outer.next();
+    let log = std::fs::read_to_string(&path).unwrap();
+    let (certain, possible) = promised(&log, &BTreeSet::new());
+    let held: BTreeSet<String> = next.names.split(':').skip(1).map(str::to_owned).collect();
+    assert!(certain.is_subset(&held) && held.is_subset(&possible), "{certain:?}\n{held:?}\n{possible:?}");
+}
+
+#[test]
 fn killed_at_any_moment_the_next_run_has_exactly_what_was_promised() {
     if !has_python() {
         return;
@@ -485,7 +511,7 @@ fn killed_at_any_moment_the_next_run_has_exactly_what_was_promised() {
                     let request = Upgrade { itself: true, ..Upgrade::default() };
                     let _ = heirloom::upgrade::ask(&control, request, LONG);
                 });
-                std::thread::sleep(Duration::from_micros((seed >> 20) % 40_000));
+                std::thread::sleep(Duration::from_micros((seed >> 20) % 100_000));
                 nested.kill_inner(Signal::KILL);
                 upgrade.join().unwrap();
             }

@@ -173,6 +173,7 @@ impl Core {
         core.notify_id = carried.notify;
         core.listening = listening;
         core.next_id = bundle.next_id().0;
+        core.page_ids = carried.pages.iter().map(|&(id, inbox, pen)| (id, (inbox, pen))).collect();
         let ids: Vec<ItemId> = bundle.entries().map(|entry| entry.id).collect();
         for id in ids {
             let taken = bundle.take_id::<OwnedFd>(id).map_err(|error| wrong(&error))?;
@@ -236,6 +237,7 @@ impl Core {
             listening: Vec::new(),
             store: Store::default(),
             next_id: ItemId::FIRST.0,
+            page_ids: BTreeMap::new(),
             fetches: BTreeMap::new(),
             retry_fetches: None,
             main: None,
@@ -273,7 +275,8 @@ impl Core {
     }
 
     /// Everything, written down.
-    pub(super) fn base(&self) -> Result<Base, CodecError> {
+    pub(super) fn base(&mut self) -> Result<Base, CodecError> {
+        self.number_pages();
         let carried = Carried {
             form: FORM,
             asked: self.options.command.clone(),
@@ -305,40 +308,51 @@ impl Core {
             let state = Cbor::encode(&Stored { put_by: held.put_by, polled: held.polled })?;
             items.push(entry(number, &held.name, state));
         }
-        items.sort_by_key(|item| item.id);
-        let mut next_id = self.next_id;
         for (_, inbox, pen, ..) in self.page_items() {
             items.extend([inbox, pen].map(|id| entry(id, PAGE_NAME, Vec::new())));
-            next_id = pen + 1;
         }
+        items.sort_by_key(|item| item.id);
+        let next_id = self.next_id;
         Ok(Base { state: Some(Cbor::encode(&carried)?), items, next_id, ..Base::default() })
+    }
+
+    /// Gives the pages of the vault ids as items, where they have none yet. They keep them: what is put between an offer and its
+    /// delta has other ones.
+    fn number_pages(&mut self) {
+        let pages: Vec<u64> = self.above.iter().flat_map(Above::pages).map(|(id, ..)| id).collect();
+        self.page_ids.retain(|id, _| pages.contains(id));
+        for id in pages {
+            if !self.page_ids.contains_key(&id) {
+                let ends = (self.new_id(), self.new_id());
+                self.page_ids.insert(id, ends);
+            }
+        }
     }
 
     /// The pages of the vault with the ids that their ends have as items: id, inbox's, pen's, and the two.
     fn page_items(&self) -> impl Iterator<Item = (u64, u64, u64, BorrowedFd<'_>, BorrowedFd<'_>)> {
         let pages = self.above.iter().flat_map(Above::pages);
-        (self.next_id..)
-            .step_by(2)
-            .zip(pages)
-            .map(|(item, (id, inbox, pen))| (id, item, item + 1, inbox, pen))
+        pages.filter_map(|(id, inbox, pen)| {
+            let (inbox_id, pen_id) = *self.page_ids.get(&id)?;
+            Some((id, inbox_id, pen_id, inbox, pen))
+        })
     }
 
     /// Lends what has this id.
     pub(super) fn descriptor(&self, id: ItemId) -> Option<BorrowedFd<'_>> {
-        if id.0 >= self.next_id {
-            let mut pages = self.page_items();
-            return pages.find_map(|(_, inbox_id, pen_id, inbox, pen)| match id.0 {
-                id if id == inbox_id => Some(inbox),
-                id if id == pen_id => Some(pen),
-                _ => None,
-            });
-        }
         if id.0 == self.notify_id {
             return Some(self.notify.as_fd());
         }
         let listening = self.listening.iter().find(|socket| socket.id == id.0);
         let listening = listening.map(|socket| socket.socket.as_fd());
-        listening.or_else(|| self.store.get(id.0).map(|held| held.descriptor.as_fd()))
+        let stored = listening.or_else(|| self.store.get(id.0).map(|held| held.descriptor.as_fd()));
+        stored.or_else(|| {
+            self.page_items().find_map(|(_, inbox_id, pen_id, inbox, pen)| match id.0 {
+                id if id == inbox_id => Some(inbox),
+                id if id == pen_id => Some(pen),
+                _ => None,
+            })
+        })
     }
 }
 

@@ -76,6 +76,8 @@ struct Core {
     store_max: u64,
     /// The next number of anything that is held; none is used twice.
     next_id: u64,
+    /// The numbers that the two ends of each page of the vault are carried over with.
+    page_ids: BTreeMap<u64, (u64, u64)>,
     fetches: BTreeMap<u64, Fetch>,
     /// Fetches that wait for others to receive what is on its way.
     retry_fetches: Option<Moment>,
