@@ -1,8 +1,9 @@
-//! A new process that gets descriptors under consecutive numbers: fork(2), and execve(2) in the child.
+//! A new process that gets descriptors under consecutive numbers: clone(2), and execve(2) in the child.
 //!
-//! std's `Command` cannot place descriptors, and its `pre_exec` would be unsafe code elsewhere. Between fork and exec the
-//! child makes system calls alone: everything that needs memory is made ready before, since another thread may hold the
-//! allocator's lock for ever in the child.
+//! std's `Command` cannot place descriptors, its `pre_exec` would be unsafe code elsewhere, and its child has a copy of all
+//! descriptors, which are closed one by one when it becomes the program: half a microsecond each. Here the child that is to get
+//! none shares the table until it leaves it. It also shares the memory, while the thread that starts it waits (as `vfork(2)`
+//! and `posix_spawn(3)` have it), so that it makes system calls alone: everything that needs memory is made ready before.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -15,6 +16,13 @@ use crate::mask::to_set;
 
 /// The number of the first descriptor that is passed, as `sd_listen_fds(3)` has it.
 pub const FIRST_PASSED: i32 = 3;
+
+/// Below this number are the descriptors that a program may be started with and leave to those that it starts. All numbers would take
+/// longer to look at than is saved.
+const INHERITED_BELOW: i32 = 256;
+
+/// How much stack a child has until it is the program, in bytes: it calls nothing deep.
+const STACK: usize = 32 * 1024;
 
 /// Room for a process id in decimal, and a null byte.
 const PID_ROOM: usize = 11;
@@ -52,7 +60,7 @@ pub struct Spawn<'a> {
     /// Names of variables whose value is the new process's own id.
     pub pid_variables: &'a [&'a CStr],
     /// What it gets as descriptors 3, 4, 5 … Standard input, output and error are this process's; nothing else that is
-    /// close-on-exec reaches it.
+    /// close-on-exec reaches it. If it gets none, what is not close-on-exec reaches it only if its number is below 256.
     pub descriptors: &'a [BorrowedFd<'a>],
     /// Its signal mask.
     pub signal_mask: SignalMask,
@@ -137,8 +145,8 @@ enum Parent {
 fn start(spawn: &Spawn<'_>, parent: Parent) -> Result<(u32, Option<OwnedFd>), SpawnFailure> {
     let failure = |stage| move |source| SpawnFailure { stage, source };
     let passed = spawn.descriptors.len() as i32;
-    let (reader, writer) = pipe_above(FIRST_PASSED + passed).map_err(failure(SpawnStage::Fork))?;
-    let moves = Moves::plan(spawn.descriptors, writer.as_raw_fd());
+    let spare = reserve_above(FIRST_PASSED + passed).map_err(failure(SpawnStage::Fork))?;
+    let moves = Moves::of(spawn.descriptors, spare.as_raw_fd());
 
     let mut pid_strings: Vec<Vec<u8>> =
         spawn.pid_variables.iter().map(|name| [name.to_bytes(), b"=", &[0; PID_ROOM]].concat()).collect();
@@ -157,94 +165,97 @@ fn start(spawn: &Spawn<'_>, parent: Parent) -> Result<(u32, Option<OwnedFd>), Sp
             .map(|string| string.as_ptr())
             .chain(pid_strings.iter().map(|string| string.as_ptr().cast())),
     );
-    let mask = to_set(spawn.signal_mask);
     let limit = spawn
         .open_files
         .map(|(soft, hard)| libc::rlimit { rlim_cur: soft as libc::rlim_t, rlim_max: hard as libc::rlim_t });
-
-    let mut pidfd = -1;
-    let pid = match parent {
-        // SAFETY: what the child does until it execs or exits is in `become_program`, which makes system calls alone.
-        Parent::This => unsafe { libc::fork() },
-        // SAFETY: as above.
-        Parent::Same => unsafe { fork_for_parent(&mut pidfd) },
+    let mut prepared = Prepared {
+        program: spawn.program,
+        arguments: &arguments,
+        environment: &environment,
+        pid_places: &pid_places,
+        moves: &moves,
+        spare: spare.as_raw_fd(),
+        leave_from: spawn.descriptors.is_empty().then(first_not_inherited),
+        mask: to_set(spawn.signal_mask),
+        limit,
+        failed: None,
     };
-    match pid {
-        -1 => Err(failure(SpawnStage::Fork)(io::Error::last_os_error())),
-        0 => {
-            let prepared = Prepared {
-                program: spawn.program,
-                arguments: &arguments,
-                environment: &environment,
-                pid_places: &pid_places,
-                moves: &moves,
-                mask: &mask,
-                limit: limit.as_ref(),
-                report: writer.as_raw_fd(),
-            };
-            // SAFETY: this is the child of a fork, and its only thread; every pointer is to what was made ready above,
-            // which nobody frees since this does not return.
-            unsafe { become_program(&prepared) }
-        }
-        pid => {
-            drop(writer);
-            // SAFETY: the kernel has written the number of a new descriptor there, which nobody else owns.
-            let pidfd = (pidfd != -1).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
-            match read_report(reader) {
-                None => Ok((pid as u32, pidfd)),
-                // Its parent waits for it.
-                Some((stage, errno)) if parent == Parent::Same => {
-                    Err(SpawnFailure { stage, source: io::Error::from_raw_os_error(errno) })
-                }
-                Some((stage, errno)) => {
-                    // SAFETY: waits for the child that was just made and exits by itself; no status is wanted.
-                    while unsafe { libc::waitpid(pid, ptr::null_mut(), 0) } == -1
-                        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-                    {
-                    }
-                    Err(SpawnFailure { stage, source: io::Error::from_raw_os_error(errno) })
-                }
+    let (pid, pidfd) = clone(&mut prepared, parent).map_err(failure(SpawnStage::Fork))?;
+    match prepared.failed {
+        None => Ok((pid as u32, pidfd)),
+        Some((stage, errno)) => {
+            // The parent waits for it.
+            if parent == Parent::This {
+                // SAFETY: waits for the child that was just made and exits by itself; no status is wanted.
+                while unsafe { libc::waitpid(pid, ptr::null_mut(), 0) } == -1
+                    && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+                {}
             }
+            Err(failure(stage)(io::Error::from_raw_os_error(errno)))
         }
     }
 }
 
-/// fork(2), but that the new process is a child of this one's parent, and that `pidfd` gets a descriptor of it, close-on-exec.
-///
-/// # Safety
-///
-/// As fork(2): until it becomes a program or exits, the child may make system calls alone. What the C library does in a fork is
-/// not done.
-unsafe fn fork_for_parent(pidfd: &mut libc::c_int) -> libc::pid_t {
+/// The child, which has become the program or has failed when this returns, and a pidfd of a sibling.
+fn clone(prepared: &mut Prepared<'_>, parent: Parent) -> io::Result<(libc::pid_t, Option<OwnedFd>)> {
     // Not clone3(2), which systemd's RestrictNamespaces= denies: no filter can look into its arguments.
-    let flags = (libc::CLONE_PARENT | libc::CLONE_PIDFD) as libc::c_ulong;
-    let none: libc::c_ulong = 0;
-    // SAFETY: without CLONE_VM the child has a copy of this memory, its stack included, so that no other stack is given; the
-    // kernel writes the descriptor's number to where the third argument points. (Flags come first but on s390.)
-    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, ptr::from_mut(pidfd), none, none) };
-    pid as libc::pid_t
+    let mut flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    if parent == Parent::Same {
+        flags |= libc::CLONE_PARENT | libc::CLONE_PIDFD;
+    }
+    if prepared.leave_from.is_some() {
+        flags |= libc::CLONE_FILES;
+    }
+    let mut stack = vec![0_u128; STACK / mem::size_of::<u128>()];
+    let top = stack.as_mut_ptr_range().end.cast();
+    let mut pidfd: libc::c_int = -1;
+    // No handler of this process is to run in the child, which would do so in this process's memory.
+    let before = SignalMask::block_all()?;
+    // SAFETY: the child shares this memory, but this thread does not go on before it has become a program or has exited: what it
+    // is given lives so long, and nobody else touches it. Its stack is large enough for what it calls, grows down from an aligned
+    // end, and is its own. What it does is said at `become_program`. The kernel writes the pidfd's number to where the pointer points.
+    let pid = unsafe {
+        libc::clone(become_program, top, flags, ptr::from_mut(prepared).cast(), ptr::from_mut(&mut pidfd))
+    };
+    let cloned = if pid == -1 { Err(io::Error::last_os_error()) } else { Ok(pid) };
+    // It was the mask a moment ago, and is one that can be set.
+    let _ = before.set();
+    // SAFETY: the kernel has written the number of a new descriptor there, which nobody else owns.
+    let pidfd = (pidfd != -1).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
+    Ok((cloned?, pidfd))
 }
 
 fn pointers(strings: impl Iterator<Item = *const libc::c_char>) -> Vec<*const libc::c_char> {
     strings.chain([ptr::null()]).collect()
 }
 
-/// A pipe, close-on-exec, whose writing end is numbered at least `least`.
-fn pipe_above(least: i32) -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut ends = [0; 2];
-    // SAFETY: the array has room for the two numbers that the kernel writes.
-    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } == -1 {
+/// A descriptor of nothing, close-on-exec, whose number is at least `least`.
+fn reserve_above(least: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes integers and touches no memory.
+    let nothing = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+    if nothing == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: both descriptors are new, and nobody else owns them.
-    let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
-    // SAFETY: duplicates a descriptor that is borrowed here; no memory is touched.
-    let above = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) };
+    // SAFETY: the descriptor is new, and nobody else owns it.
+    let nothing = unsafe { OwnedFd::from_raw_fd(nothing) };
+    // SAFETY: duplicates a descriptor that is owned here; no memory is touched.
+    let above = unsafe { libc::fcntl(nothing.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) };
     if above == -1 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the duplicate is new, and nobody else owns it.
-    Ok((reader, unsafe { OwnedFd::from_raw_fd(above) }))
+    Ok(unsafe { OwnedFd::from_raw_fd(above) })
+}
+
+/// The number from which on a child that is passed nothing has no descriptors.
+fn first_not_inherited() -> libc::c_uint {
+    let is_inherited = |number: &i32| {
+        // SAFETY: F_GETFD takes no further argument and touches no memory; any number may be asked about.
+        let flags = unsafe { libc::fcntl(*number, libc::F_GETFD) };
+        flags != -1 && flags & libc::FD_CLOEXEC == 0
+    };
+    let last = (FIRST_PASSED..INHERITED_BELOW).rev().find(is_inherited);
+    last.map_or(FIRST_PASSED, |last| last + 1) as libc::c_uint
 }
 
 /// The dup2(2) calls that put every descriptor where it belongs, in an order in which none overwrites what is still
@@ -258,14 +269,13 @@ struct Moves {
 }
 
 impl Moves {
-    /// `spare` is a number above all targets, used to break cycles. Its own descriptor is moved as well as any other, so
-    /// it is the number *after* it that is overwritten.
-    fn plan(descriptors: &[BorrowedFd<'_>], spare: i32) -> Moves {
+    /// `spare` is a number above all targets that nobody needs, used to break cycles.
+    fn of(descriptors: &[BorrowedFd<'_>], spare: i32) -> Moves {
         let sources: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-        Moves::of(&sources, spare + 1)
+        Moves::plan(&sources, spare)
     }
 
-    fn of(sources: &[i32], spare: i32) -> Moves {
+    fn plan(sources: &[i32], spare: i32) -> Moves {
         let targets = FIRST_PASSED..FIRST_PASSED + sources.len() as i32;
         let index = |number: i32| (number - FIRST_PASSED) as usize;
         // How many moves still read each target's present descriptor.
@@ -318,64 +328,87 @@ impl Moves {
     }
 }
 
-/// Everything that the child needs, made before the fork.
+/// Everything that the child needs, made before there is one.
 struct Prepared<'a> {
     program: &'a CStr,
     arguments: &'a [*const libc::c_char],
     environment: &'a [*const libc::c_char],
     pid_places: &'a [*mut u8],
     moves: &'a Moves,
-    mask: &'a libc::sigset_t,
-    limit: Option<&'a libc::rlimit>,
-    report: i32,
+    spare: i32,
+    /// The table of descriptors is shared, and to be left, without those from this number on.
+    leave_from: Option<libc::c_uint>,
+    mask: libc::sigset_t,
+    limit: Option<libc::rlimit>,
+    /// What the child writes if it does not become the program.
+    failed: Option<(SpawnStage, i32)>,
 }
 
-/// Becomes the program, or reports why not and exits.
+/// Becomes the program, or writes down why not and exits.
+///
+/// Only for the child of a [`clone`], with all signals blocked. `prepared` is a [`Prepared`] that nobody else touches meanwhile: every
+/// pointer in it is valid, the arrays of pointers end with null, and each of `pid_places` has room for [`PID_ROOM`] bytes.
+extern "C" fn become_program(prepared: *mut libc::c_void) -> libc::c_int {
+    // SAFETY: as the caller promises.
+    let prepared = unsafe { &mut *prepared.cast::<Prepared<'_>>() };
+    // SAFETY: as the caller promises.
+    prepared.failed = Some(unsafe { try_to_become_program(prepared) });
+    // SAFETY: ends the child without a destructor of what is not its own.
+    unsafe { libc::_exit(127) }
+}
+
+/// Returns only if that fails.
 ///
 /// # Safety
 ///
-/// Only in the child of a fork. Every pointer is valid, the arrays of pointers end with null, and each of `pid_places` has
-/// room for [`PID_ROOM`] bytes.
-unsafe fn become_program(prepared: &Prepared<'_>) -> ! {
-    // SAFETY: system calls that are allowed in the child of a fork (signal-safety(7)), with arguments as the caller promises.
+/// See [`become_program`].
+unsafe fn try_to_become_program(prepared: &Prepared<'_>) -> (SpawnStage, i32) {
+    // SAFETY: system calls that are allowed in the child of a vfork, with arguments as the caller promises. They touch what the child
+    // does not share: its table of descriptors, unless it is shared and then is only left; its signals; its limits.
     unsafe {
-        let fail = |stage: u8| -> ! {
-            let errno = *libc::__errno_location();
-            let mut report = [stage, 0, 0, 0, 0];
-            report[1..].copy_from_slice(&errno.to_ne_bytes());
-            libc::write(prepared.report, report.as_ptr().cast(), report.len());
-            libc::_exit(127)
-        };
-        // First: afterwards there may be no room for the spare number.
+        let failed = |stage| (stage, *libc::__errno_location());
+        if let Some(first) = prepared.leave_from {
+            // Where the kernel cannot do that (before Linux 5.9), the execve leaves it.
+            libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE);
+        }
         for &(from, to) in &prepared.moves.steps {
             if libc::dup2(from, to) == -1 {
-                fail(1);
+                return failed(SpawnStage::Prepare);
             }
         }
         // The spare number is left behind by a cycle, and would be inherited.
-        if prepared.moves.steps.iter().any(|&(_, to)| to == prepared.report + 1) {
-            libc::close(prepared.report + 1);
+        if prepared.moves.steps.iter().any(|&(_, to)| to == prepared.spare) {
+            libc::close(prepared.spare);
         }
         for &number in &prepared.moves.stay {
             if libc::fcntl(number, libc::F_SETFD, 0) == -1 {
-                fail(1);
+                return failed(SpawnStage::Prepare);
             }
         }
-        if let Some(limit) = prepared.limit
+        if let Some(limit) = &prepared.limit
             && libc::setrlimit(libc::RLIMIT_NOFILE, limit) == -1
         {
-            fail(1);
+            return failed(SpawnStage::Prepare);
         }
         let pid = libc::getpid() as u32;
         for &place in prepared.pid_places {
             write_decimal(place, pid);
         }
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-        if libc::sigprocmask(libc::SIG_SETMASK, prepared.mask, ptr::null_mut()) == -1 {
-            fail(1);
+        let mut action: libc::sigaction = mem::zeroed();
+        for signal in 1..=libc::SIGRTMAX() {
+            // What has a handler would run it from here on, before the execve takes it away.
+            let known = libc::sigaction(signal, ptr::null(), &mut action) == 0;
+            if known && action.sa_sigaction == libc::SIG_IGN && signal != libc::SIGPIPE {
+                continue;
+            }
+            action = mem::zeroed();
+            libc::sigaction(signal, &action, ptr::null_mut());
+        }
+        if libc::sigprocmask(libc::SIG_SETMASK, &prepared.mask, ptr::null_mut()) == -1 {
+            return failed(SpawnStage::Prepare);
         }
         libc::execve(prepared.program.as_ptr(), prepared.arguments.as_ptr(), prepared.environment.as_ptr());
-        fail(2)
+        failed(SpawnStage::Exec)
     }
 }
 
@@ -399,24 +432,6 @@ unsafe fn write_decimal(place: *mut u8, mut number: u32) {
     unsafe { ptr::copy_nonoverlapping(digits[start..].as_ptr(), place, PID_ROOM - start) };
 }
 
-/// What the child reports: nothing, if it became the program.
-fn read_report(reader: OwnedFd) -> Option<(SpawnStage, i32)> {
-    let mut report = [0u8; 1 + mem::size_of::<i32>()];
-    loop {
-        // SAFETY: the buffer is as long as said.
-        let count = unsafe { libc::read(reader.as_raw_fd(), report.as_mut_ptr().cast(), report.len()) };
-        if count == -1 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
-            continue;
-        }
-        if count != report.len() as isize {
-            return None;
-        }
-        let stage = if report[0] == 1 { SpawnStage::Prepare } else { SpawnStage::Exec };
-        let [_, errno @ ..] = report;
-        return Some((stage, i32::from_ne_bytes(errno)));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -426,7 +441,7 @@ mod tests {
     /// Plays the steps on a table of descriptors, and looks whether each target has what it was to get.
     fn check(sources: &[i32]) {
         const SPARE: i32 = 1000;
-        let moves = Moves::of(sources, SPARE);
+        let moves = Moves::plan(sources, SPARE);
         let mut table: BTreeMap<i32, i32> = (0..500).map(|number| (number, number)).collect();
         for &(from, to) in &moves.steps {
             let moved = table[&from];

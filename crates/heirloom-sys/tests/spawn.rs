@@ -3,12 +3,13 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, pipe};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use heirloom_sys::{SignalMask, Spawn, SpawnStage, spawn, spawn_sibling};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
-use rustix::process::{Pid, WaitOptions, getppid, waitpid};
+use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_getfd, fcntl_setfd};
+use rustix::process::{Pid, Signal, WaitOptions, getppid, waitpid};
 
 fn shell(script: &str) -> Vec<CString> {
     ["sh", "-c", script].map(|word| CString::new(word).unwrap()).into()
@@ -49,6 +50,42 @@ fn descriptors_come_in_their_order_however_they_are_numbered_here() {
         reader.read_to_string(&mut said).unwrap();
         assert_eq!(said, format!("{index}\n{index}\n"));
     }
+}
+
+#[test]
+fn who_is_passed_nothing_has_what_is_inherited_and_takes_nothing_from_here() {
+    let null = File::open("/dev/null").unwrap();
+    let mut many: Vec<OwnedFd> = (0..1000).map(|_| fcntl_dupfd_cloexec(&null, 0).unwrap()).collect();
+    // One of the low numbers, and one of the others.
+    let mut inherited = |numbers: Range<i32>| {
+        let found = many.iter_mut().find(|descriptor| numbers.contains(&descriptor.as_raw_fd())).unwrap();
+        fcntl_setfd(&*found, FdFlags::empty()).unwrap();
+        found.as_raw_fd()
+    };
+    let (low, _) = (inherited(200..256), inherited(600..1000));
+    let here = || many.iter().filter(|descriptor| fcntl_getfd(descriptor).is_ok()).count();
+    let pid = spawn(&Spawn {
+        program: c"/bin/sh",
+        arguments: &shell(
+            // What these tests were started with themselves may be there, too.
+            &format!(
+                "cd /proc/self/fd
+                for number in *; do
+                    test $number -lt 200 || test $number = {low} || test $(readlink $number) != /dev/null || exit 7
+                done
+                test -e {low} && kill -PIPE $$"
+            ),
+        ),
+        environment: &[c"PATH=/bin:/usr/bin".into()],
+        pid_variables: &[],
+        descriptors: &[],
+        signal_mask: SignalMask(0),
+        open_files: None,
+    });
+    let pid = Pid::from_raw(pid.unwrap() as i32);
+    let (_, status) = waitpid(pid, WaitOptions::empty()).unwrap().unwrap();
+    assert_eq!(status.terminating_signal(), Some(Signal::PIPE.as_raw()), "{status:?}");
+    assert_eq!(here(), 1000);
 }
 
 #[test]

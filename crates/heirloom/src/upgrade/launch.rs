@@ -5,14 +5,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Command, ExitStatus};
 
-use heirloom_sys::{SignalMask, Spawn, spawn_sibling};
+use heirloom_sys::{SignalMask, Spawn, SpawnFailure, spawn, spawn_sibling};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, pidfd_send_signal, waitpid,
+};
 
 use super::request::Upgrade;
 use super::role::{Role, environment, parent};
@@ -110,46 +112,45 @@ pub(crate) struct StartedSuccessor {
     pidfd: OwnedFd,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Started {
     /// A child of ours.
-    Child(Child),
+    Child(Pid),
     /// A child of our supervisor's.
-    Sibling(u32),
+    Sibling(Pid),
 }
 
 impl StartedSuccessor {
-    /// Starts it, with our standard streams.
+    /// Starts it, with our standard streams. Of our other descriptors it has those alone that are not close-on-exec and have a number
+    /// below 256.
     ///
     /// Under a supervisor whose child this process is, the successor is another child of that. systemd does not wait for the end
     /// of a main process that was not its own child when it heard of it, and kills it right after SIGTERM.
     pub(crate) fn start(launch: &Launch) -> io::Result<StartedSuccessor> {
         let role = Role::Successor { incumbent: std::process::id() };
         if is_child_of_supervisor() {
-            match courtesy::at_length(|| start_sibling(launch, role)) {
+            match courtesy::at_length(|| start(launch, role, spawn_sibling)) {
                 Ok((pid, pidfd)) => {
-                    return Ok(StartedSuccessor { started: Some(Started::Sibling(pid)), pidfd });
+                    return Ok(StartedSuccessor { started: Some(Started::Sibling(to_pid(pid)?)), pidfd });
                 }
                 // Where that cannot be, it is a child as anywhere.
                 Err(error) => tracing::debug!(%error, "no sibling can be started"),
             }
         }
-        let mut child = courtesy::at_length(|| launch.command(role).spawn())?;
-        match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(StartedSuccessor { started: Some(Started::Child(child)), pidfd }),
+        let pid = to_pid(courtesy::at_length(|| start(launch, role, spawn))?)?;
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(StartedSuccessor { started: Some(Started::Child(pid)), pidfd }),
             Err(error) => {
-                let _ = child.kill();
-                let _ = child.wait();
+                // Nobody else waits for it, so that the number is its own.
+                let _ = kill_process(pid, Signal::KILL);
+                let _ = retry_on_intr(|| waitpid(Some(pid), WaitOptions::empty()));
                 Err(error.into())
             }
         }
     }
 
     pub(crate) fn pid(&self) -> Option<u32> {
-        self.started.as_ref().map(|started| match started {
-            Started::Child(child) => child.id(),
-            Started::Sibling(pid) => *pid,
-        })
+        self.started.map(|(Started::Child(pid) | Started::Sibling(pid))| pid.as_raw_nonzero().get() as u32)
     }
 
     /// Readable once it has exited.
@@ -159,12 +160,17 @@ impl StartedSuccessor {
 
     /// How it ended, if it has.
     pub(crate) fn ended(&mut self) -> Option<String> {
-        match self.started.as_mut()? {
-            Started::Child(child) => child.try_wait().ok()?.map(|status| status.to_string()),
-            Started::Sibling(_) => {
-                self.has_exited(Some(&Timespec::default())).then(|| "its supervisor knows how".into())
-            }
+        if !self.has_exited(Some(&Timespec::default())) {
+            return None;
         }
+        // A child that was waited for is nobody any more.
+        Some(match self.started.take()? {
+            Started::Child(pid) => match retry_on_intr(|| waitpid(Some(pid), WaitOptions::empty())) {
+                Ok(Some((_, status))) => ExitStatus::from_raw(status.as_raw()).to_string(),
+                _ => "somebody else waited for it and knows how".into(),
+            },
+            Started::Sibling(_) => "its supervisor knows how".into(),
+        })
     }
 
     /// It serves now.
@@ -180,14 +186,13 @@ impl StartedSuccessor {
 
 impl Drop for StartedSuccessor {
     fn drop(&mut self) {
-        match self.started.take() {
-            None => {}
-            Some(Started::Child(mut child)) => {
-                let _ = child.kill();
-                let _ = child.wait();
+        let Some(started) = self.started.take() else { return };
+        let killed = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        match started {
+            Started::Child(pid) => {
+                let _ = retry_on_intr(|| waitpid(Some(pid), WaitOptions::empty()));
             }
-            Some(Started::Sibling(_)) => {
-                let killed = pidfd_send_signal(&self.pidfd, Signal::KILL);
+            Started::Sibling(_) => {
                 let _ = killed.is_ok_and(|()| self.has_exited(None));
             }
         }
@@ -200,7 +205,12 @@ fn is_child_of_supervisor() -> bool {
         && parent().is_some_and(|parent| parent == 1 || unit::contains(parent) == Some(false))
 }
 
-fn start_sibling(launch: &Launch, role: Role) -> io::Result<(u32, OwnedFd)> {
+/// Starts it by one of the two functions that do so.
+fn start<T>(
+    launch: &Launch,
+    role: Role,
+    by: impl FnOnce(&Spawn<'_>) -> Result<T, SpawnFailure>,
+) -> io::Result<T> {
     let c_string = |text: &OsStr| CString::new(text.as_bytes()).map_err(io::Error::from);
     let program = c_string(launch.program.as_os_str())?;
     let arguments = [&launch.name].into_iter().chain(&launch.arguments).map(|argument| c_string(argument));
@@ -220,7 +230,11 @@ fn start_sibling(launch: &Launch, role: Role) -> io::Result<(u32, OwnedFd)> {
         signal_mask: SignalMask(0),
         open_files: None,
     };
-    spawn_sibling(&spawn).map_err(|failure| failure.source)
+    by(&spawn).map_err(|failure| failure.source)
+}
+
+fn to_pid(pid: u32) -> io::Result<Pid> {
+    Pid::from_raw(pid as i32).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 #[cfg(test)]
