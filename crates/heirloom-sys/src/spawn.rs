@@ -144,9 +144,12 @@ enum Parent {
 
 fn start(spawn: &Spawn<'_>, parent: Parent) -> Result<(u32, Option<OwnedFd>), SpawnFailure> {
     let failure = |stage| move |source| SpawnFailure { stage, source };
-    let passed = spawn.descriptors.len() as i32;
-    let spare = reserve_above(FIRST_PASSED + passed).map_err(failure(SpawnStage::Fork))?;
-    let moves = Moves::of(spawn.descriptors, spare.as_raw_fd());
+    let spare = match spawn.descriptors.len() as i32 {
+        0 => None,
+        passed => Some(reserve_above(FIRST_PASSED + passed).map_err(failure(SpawnStage::Fork))?),
+    };
+    let spare = spare.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+    let moves = Moves::of(spawn.descriptors, spare);
 
     let mut pid_strings: Vec<Vec<u8>> =
         spawn.pid_variables.iter().map(|name| [name.to_bytes(), b"=", &[0; PID_ROOM]].concat()).collect();
@@ -174,7 +177,7 @@ fn start(spawn: &Spawn<'_>, parent: Parent) -> Result<(u32, Option<OwnedFd>), Sp
         environment: &environment,
         pid_places: &pid_places,
         moves: &moves,
-        spare: spare.as_raw_fd(),
+        spare,
         leave_from: spawn.descriptors.is_empty().then(first_not_inherited),
         mask: to_set(spawn.signal_mask),
         limit,
