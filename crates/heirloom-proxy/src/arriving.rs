@@ -134,5 +134,5 @@ fn flow(bundle: &mut Bundle, state: &FlowState) -> Result<Flow, &'static str> {
         }
         None => None,
     };
-    Ok(Flow { pipe, held, readable: false, writable: false, ended, done, lost, moved })
+    Ok(Flow { pipe, held, ended, done, lost, moved, ..Flow::default() })
 }

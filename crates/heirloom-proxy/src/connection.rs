@@ -80,6 +80,16 @@ impl Sides {
     }
 }
 
+/// What a poller tells of a socket.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Told {
+    pub(crate) readable: bool,
+    /// The peer sends nothing more.
+    pub(crate) ended: bool,
+    pub(crate) writable: bool,
+    pub(crate) failed: bool,
+}
+
 /// How a connection has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
@@ -151,10 +161,12 @@ impl Connection {
     }
 
     /// Takes in what the poller tells of a socket.
-    pub(crate) fn hear(&mut self, side: Side, readable: bool, writable: bool, failed: bool) {
-        self.flow_from(side).readable |= readable;
-        self.flow_from(side.other()).writable |= writable;
-        if failed {
+    pub(crate) fn hear(&mut self, side: Side, told: Told) {
+        let from = self.flow_from(side);
+        from.readable |= told.readable || told.ended || told.failed;
+        from.may_end |= told.ended || told.failed;
+        self.flow_from(side.other()).writable |= told.writable;
+        if told.failed {
             self.failed.set(side);
         }
     }
@@ -162,7 +174,7 @@ impl Connection {
     /// Both flows are to be tried: nobody knows what their sockets would say.
     pub(crate) fn try_everything(&mut self) {
         for flow in [&mut self.up, &mut self.down] {
-            (flow.readable, flow.writable) = (!flow.ended, true);
+            (flow.readable, flow.may_end, flow.writable) = (!flow.ended, !flow.ended, true);
         }
     }
 
@@ -240,10 +252,16 @@ pub(crate) type Mark = (FlowMark, FlowMark);
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::io::{ErrorKind, Read, Write};
+    use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
 
     use heirloom::Kind;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::fs::{MemfdFlags, memfd_create, sendfile};
+    use rustix::io::ioctl_fionread;
 
     use super::*;
 
@@ -257,6 +275,70 @@ mod tests {
         let mut connection = Connection::new(0, socket(ours), None, 0);
         (connection.stage, connection.server) = (Stage::Relaying, Some(socket(to)));
         (connection, client, backend)
+    }
+
+    /// The same with a client that comes by TCP.
+    fn relayed_from_tcp() -> (Connection, TcpStream, UnixStream) {
+        let (mut connection, _, backend) = relayed();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        client.set_nodelay(true).unwrap();
+        let (ours, _) = listener.accept().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        connection.client = Socket::new(ours.into(), Kind::TcpStream);
+        (connection, client, backend)
+    }
+
+    fn wait_until(mut holds: impl FnMut() -> bool) {
+        let give_up = Instant::now() + Duration::from_secs(60);
+        while !holds() {
+            assert!(Instant::now() < give_up);
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_came_in_many_pieces_is_passed_on_when_it_is_told_of_once() {
+        // A byte of each of these pages: whatever the kernel joins, that are as many slots of a pipe.
+        let pages = 600;
+        let page = rustix::param::page_size();
+        let file = memfd_create("pages", MemfdFlags::CLOEXEC).unwrap();
+        let contents: Vec<u8> = (0..pages * page).map(|place| (place / page) as u8).collect();
+        File::from(file.try_clone().unwrap()).write_all(&contents).unwrap();
+        for count in [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, pages] {
+            let (mut connection, client, mut backend) = relayed_from_tcp();
+            let mut pipes = Pipes::new(4, 1);
+            connection.up.writable = true;
+            for place in 0..count {
+                let mut offset = (place * page) as u64;
+                assert_eq!(sendfile(&client, &file, Some(&mut offset), 1).unwrap(), 1);
+            }
+            wait_until(|| ioctl_fionread(&connection.client).unwrap() == count as u64);
+            connection.hear(Side::Client, Told { readable: true, ..Told::default() });
+            while connection.relay(0, &mut pipes) != Next::Wait {}
+            let mut heard = vec![0; count + 1];
+            assert_eq!(backend.read(&mut heard).unwrap(), count);
+            assert!(heard[..count].iter().enumerate().all(|(place, byte)| *byte == place as u8));
+        }
+    }
+
+    #[test]
+    fn an_end_that_is_told_of_with_the_last_bytes_is_passed_on() {
+        let (mut connection, mut client, mut backend) = relayed_from_tcp();
+        let mut pipes = Pipes::new(4, 1);
+        connection.up.writable = true;
+        client.write_all(b"bye").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let is_end = || {
+            let mut polled = [PollFd::new(&connection.client, PollFlags::RDHUP)];
+            poll(&mut polled, Some(&Timespec::default())).unwrap() == 1
+        };
+        wait_until(is_end);
+        connection.hear(Side::Client, Told { readable: true, ended: true, ..Told::default() });
+        assert_eq!(connection.relay(0, &mut pipes), Next::Wait);
+        let mut heard = Vec::new();
+        backend.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, b"bye");
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //! At each instant every byte is in a socket or in the pipe. A pipe is filled only when it is empty, so that an EAGAIN has one
 //! meaning: of a filling, that the source has nothing; of an emptying, that the sink takes no more. A flow without bytes has
 //! no pipe.
+//!
+//! A filling takes all that a TCP socket has, unless the pipe is full: if it cannot be, the EAGAIN is not asked for. (A UNIX socket may
+//! stop earlier, at a message that had descriptors.)
 
 use std::os::fd::AsFd;
 
@@ -26,6 +29,8 @@ pub(crate) struct Flow {
     pub(crate) held: usize,
     /// The source may have something.
     pub(crate) readable: bool,
+    /// It may have ended behind what it has.
+    pub(crate) may_end: bool,
     /// The sink may take something.
     pub(crate) writable: bool,
     /// The source has ended.
@@ -94,12 +99,16 @@ impl Flow {
                     pipes.give(pipe);
                     (self.ended, self.readable) = (true, false);
                 }
-                Ok(count) => (self.pipe, self.held) = (Some(pipe), count),
+                Ok(count) => {
+                    // What comes from now on, be it the end, is told: no need to ask whether there is more.
+                    let has_all = source.is_tcp() && pipe.has_room_beside(count) && !self.may_end;
+                    (self.pipe, self.held, self.readable) = (Some(pipe), count, !has_all);
+                }
                 Err(error) => {
                     pipes.give(pipe);
                     match error {
                         Errno::AGAIN => {
-                            self.readable = false;
+                            (self.readable, self.may_end) = (false, false);
                             return Turned::Waits;
                         }
                         Errno::INTR => {}

@@ -7,22 +7,27 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with};
 
 /// How many empty pipes a loop keeps at most.
 const KEPT: usize = 64;
 /// How many there are at least, so that something moves even when all other descriptors are used up by sockets.
 const RESERVE: usize = 2;
 /// How much a wide pipe takes. What is filled at once is acknowledged at once, and acknowledging is much of what a stream
-/// costs: four times what a pipe usually takes makes it a third to a half cheaper.
-const WIDE: usize = 256 * 1024;
+/// costs: four times what a pipe usually takes makes it a third to a half cheaper. Twice that has 128 slots, so that it is known of
+/// small messages that there is [no more](Pipe::has_room_beside).
+const WIDE: usize = 512 * 1024;
 /// How many wide pipes all loops may have together: half of what the pipes of a user without privileges may take, beyond which
 /// each new one is tiny.
 const WIDE_PIPES: usize = 32 * 1024 * 1024 / WIDE;
 
 /// A pipe, shared with whoever lends its ends to a successor.
 #[derive(Clone, Debug)]
-pub(crate) struct Pipe(Arc<Ends>);
+pub(crate) struct Pipe {
+    ends: Arc<Ends>,
+    /// How many pieces it takes, of whatever size; 0 while that was not asked.
+    slots: usize,
+}
 
 #[derive(Debug)]
 struct Ends {
@@ -32,7 +37,7 @@ struct Ends {
 
 impl Pipe {
     pub(crate) fn adopt(reader: OwnedFd, writer: OwnedFd) -> Pipe {
-        Pipe(Arc::new(Ends { reader, writer }))
+        Pipe { ends: Arc::new(Ends { reader, writer }), slots: 0 }
     }
 
     fn new(wide: bool) -> io::Result<Pipe> {
@@ -41,15 +46,28 @@ impl Pipe {
             // Where that is more than the user may have, it stays as it is.
             let _ = fcntl_setpipe_size(&writer, WIDE);
         }
-        Ok(Pipe::adopt(reader, writer))
+        let mut pipe = Pipe::adopt(reader, writer);
+        pipe.count_slots();
+        Ok(pipe)
+    }
+
+    /// A slot is a page of what the pipe is said to take (`F_GETPIPE_SZ`, `fcntl(2)`).
+    fn count_slots(&mut self) {
+        self.slots = fcntl_getpipe_size(&self.ends.reader).unwrap_or(0) / rustix::param::page_size();
     }
 
     pub(crate) fn reader(&self) -> &OwnedFd {
-        &self.0.reader
+        &self.ends.reader
     }
 
     pub(crate) fn writer(&self) -> &OwnedFd {
-        &self.0.writer
+        &self.ends.writer
+    }
+
+    /// Whether so many bytes, put into it in one go while it was empty, leave room for one more: each slot that is used has at
+    /// least one.
+    pub(crate) fn has_room_beside(&self, count: usize) -> bool {
+        count < self.slots
     }
 }
 
@@ -85,8 +103,11 @@ impl Pipes {
     }
 
     /// Takes back an empty one.
-    pub(crate) fn give(&mut self, pipe: Pipe) {
+    pub(crate) fn give(&mut self, mut pipe: Pipe) {
         self.lent -= 1;
+        if pipe.slots == 0 {
+            pipe.count_slots();
+        }
         if self.empty.len() < KEPT {
             self.empty.push(pipe);
         }
@@ -129,8 +150,6 @@ impl Pipes {
 
 #[cfg(test)]
 mod tests {
-    use rustix::pipe::fcntl_getpipe_size;
-
     use super::*;
 
     #[test]

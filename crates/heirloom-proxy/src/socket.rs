@@ -65,6 +65,10 @@ impl Socket {
         }
     }
 
+    pub(crate) fn is_tcp(&self) -> bool {
+        self.tcp
+    }
+
     pub(crate) fn kind(&self) -> Kind {
         if self.tcp { Kind::TcpStream } else { Kind::UnixStream }
     }

@@ -24,7 +24,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::arriving::Dormant;
 use crate::clock::{self, Time, nanoseconds};
-use crate::connection::{Connection, How, Next, Stage};
+use crate::connection::{Connection, How, Next, Stage, Told};
 use crate::door::Door;
 use crate::id::{Key, KeyMap, Side, token};
 use crate::pipes::Pipes;
@@ -145,9 +145,13 @@ impl EventLoop {
         }
         for event in events {
             if event.token() != WAKE {
-                let readable = event.is_readable() || event.is_read_closed() || event.is_error();
-                let writable = event.is_writable() || event.is_write_closed();
-                self.hear(event.token(), readable, writable, event.is_error());
+                let told = Told {
+                    readable: event.is_readable(),
+                    ended: event.is_read_closed(),
+                    writable: event.is_writable() || event.is_write_closed(),
+                    failed: event.is_error(),
+                };
+                self.hear(event.token(), told);
             }
         }
         for (key, connection) in self.shared.loops[self.number].take() {
@@ -191,13 +195,13 @@ impl EventLoop {
         Some(Duration::from_nanos(next.saturating_sub(clock::now())) + Duration::from_millis(1))
     }
 
-    fn hear(&mut self, from: Token, readable: bool, writable: bool, failed: bool) {
+    fn hear(&mut self, from: Token, told: Told) {
         let (key, side) = Key::of_token(from);
         if self.dormant.as_ref().is_some_and(|dormant| dormant.has(key)) {
             self.wake(key);
         }
         if let Some(connection) = self.connections.get_mut(&key) {
-            connection.hear(side, readable, writable, failed);
+            connection.hear(side, told);
             self.queue(key);
         } else if let Some(door) = self.doors.iter_mut().find(|door| door.key == key) {
             door.ready = true;
