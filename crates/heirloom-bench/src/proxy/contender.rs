@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use clap::ValueEnum;
 
@@ -92,6 +93,14 @@ impl Contender {
             }
         }
         Ok(program.into())
+    }
+
+    /// A command that starts its program, and ends at once.
+    pub(crate) fn mere_start(self) -> anyhow::Result<Command> {
+        let mut command = Command::new(self.program().map_err(anyhow::Error::msg)?);
+        command.arg(if self.is_ours() { "--version" } else { "-v" });
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(command)
     }
 
     /// Writes its configuration into the directory, which is its own, and says with which arguments it is to be started.

@@ -1,4 +1,5 @@
-//! The longest that a message waits for its answer in a handover, beside the longest in as much time without one.
+//! The longest that a message waits for its answer in a handover, beside the longest in as much time without one, and in as much
+//! time in which the program is started once and ends at once: what a handover to another process cannot do without.
 
 use std::time::{Duration, Instant};
 
@@ -41,12 +42,15 @@ pub(super) fn measure(
             report(Comparison::new("gap", format!("{count} connection{plural}{what}"), "µs", columns))
         };
         let longest = |gaps: Vec<f64>| vec![gaps.into_iter().fold(f64::MIN, f64::max)];
-        compare("", &Sampled::added)?;
-        compare(", longest", &|sampled| longest(sampled.added()))?;
-        compare(": with a handover", &|sampled| sampled.with.clone())?;
-        compare(": with a handover, longest", &|sampled| longest(sampled.with.clone()))?;
-        compare(": without", &|sampled| sampled.without.clone())?;
-        compare(": without, longest", &|sampled| longest(sampled.without.clone()))?;
+        let (with, without) =
+            (|sampled: &Sampled| sampled.with.clone(), |sampled: &Sampled| sampled.without.clone());
+        compare("", &|sampled| sampled.added_by(&sampled.with))?;
+        compare(", longest", &|sampled| longest(sampled.added_by(&sampled.with)))?;
+        compare(": by a mere start", &|sampled| sampled.added_by(&sampled.started))?;
+        compare(": with a handover", &with)?;
+        compare(": with a handover, longest", &|sampled| longest(with(sampled)))?;
+        compare(": without", &without)?;
+        compare(": without, longest", &|sampled| longest(without(sampled)))?;
     }
     Ok(())
 }
@@ -56,6 +60,7 @@ struct Sampled {
     contender: Contender,
     with: Vec<f64>,
     without: Vec<f64>,
+    started: Vec<f64>,
     clients: Process,
     proxy: Running,
     _backend: Backend,
@@ -67,10 +72,11 @@ impl Sampled {
         let proxy = Running::start(contender, None, 2, backend.address)?;
         let mut clients = Process::start(["sampling", &proxy.address().to_string(), &count.to_string()])?;
         let _: String = clients.said()?;
-        Ok(Sampled { contender, with: Vec::new(), without: Vec::new(), clients, proxy, _backend: backend })
+        let [with, without, started] = [const { Vec::new() }; 3];
+        Ok(Sampled { contender, with, without, started, clients, proxy, _backend: backend })
     }
 
-    /// Once with a handover, and once as long without.
+    /// Once with a handover, once as long without, and once as long with a start.
     fn round(&mut self) -> anyhow::Result<()> {
         let began = Instant::now();
         self.clients.tell(&Task::Begin)?;
@@ -83,8 +89,17 @@ impl Sampled {
         self.clients.tell(&Task::Begin)?;
         std::thread::sleep(watched);
         let without = self.end()?;
+        let mut start = self.contender.mere_start()?;
+        let began = Instant::now();
+        self.clients.tell(&Task::Begin)?;
+        std::thread::sleep(MARGIN);
+        let status = start.status()?;
+        anyhow::ensure!(status.success(), "{} only started: {status}", self.contender.name());
+        std::thread::sleep(watched.saturating_sub(began.elapsed()));
+        let started = self.end()?;
         self.with.push(with);
         self.without.push(without);
+        self.started.push(started);
         Ok(())
     }
 
@@ -94,8 +109,8 @@ impl Sampled {
         Ok(nanoseconds as f64 / 1e3)
     }
 
-    /// By how much each handover made the gap longer.
-    fn added(&self) -> Vec<f64> {
-        self.with.iter().zip(&self.without).map(|(with, without)| with - without).collect()
+    /// By how much each made the gap longer.
+    fn added_by(&self, with: &[f64]) -> Vec<f64> {
+        with.iter().zip(&self.without).map(|(with, without)| with - without).collect()
     }
 }
