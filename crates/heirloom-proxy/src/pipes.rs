@@ -4,8 +4,8 @@
 //! direction waits, and its bytes with it in the kernel: back-pressure, not an error.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
 
 use rustix::pipe::{PipeFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with};
 
@@ -23,21 +23,19 @@ const WIDE_PIPES: usize = 32 * 1024 * 1024 / WIDE;
 
 /// A pipe, shared with whoever lends its ends to a successor.
 #[derive(Clone, Debug)]
-pub(crate) struct Pipe {
-    ends: Arc<Ends>,
-    /// How many pieces it takes, of whatever size; 0 while that was not asked.
-    slots: usize,
-}
+pub(crate) struct Pipe(Arc<Ends>);
 
 #[derive(Debug)]
 struct Ends {
     reader: OwnedFd,
     writer: OwnedFd,
+    /// How many pieces it takes, of whatever size, once that was asked.
+    slots: OnceLock<usize>,
 }
 
 impl Pipe {
     pub(crate) fn adopt(reader: OwnedFd, writer: OwnedFd) -> Pipe {
-        Pipe { ends: Arc::new(Ends { reader, writer }), slots: 0 }
+        Pipe(Arc::new(Ends { reader, writer, slots: OnceLock::new() }))
     }
 
     fn new(wide: bool) -> io::Result<Pipe> {
@@ -46,29 +44,27 @@ impl Pipe {
             // Where that is more than the user may have, it stays as it is.
             let _ = fcntl_setpipe_size(&writer, WIDE);
         }
-        let mut pipe = Pipe::adopt(reader, writer);
-        pipe.count_slots();
-        Ok(pipe)
-    }
-
-    /// A slot is a page of what the pipe is said to take (`F_GETPIPE_SZ`, `fcntl(2)`).
-    fn count_slots(&mut self) {
-        self.slots = fcntl_getpipe_size(&self.ends.reader).unwrap_or(0) / rustix::param::page_size();
+        Ok(Pipe::adopt(reader, writer))
     }
 
     pub(crate) fn reader(&self) -> &OwnedFd {
-        &self.ends.reader
+        &self.0.reader
     }
 
     pub(crate) fn writer(&self) -> &OwnedFd {
-        &self.ends.writer
+        &self.0.writer
     }
 
     /// Whether so many bytes, put into it in one go while it was empty, leave room for one more: each slot that is used has at
     /// least one.
     pub(crate) fn has_room_beside(&self, count: usize) -> bool {
-        count < self.slots
+        count < *self.0.slots.get_or_init(|| slots(self.reader()))
     }
+}
+
+/// A slot is a page of what a pipe is said to take (`F_GETPIPE_SZ`, `fcntl(2)`).
+fn slots(pipe: impl AsFd) -> usize {
+    fcntl_getpipe_size(pipe).unwrap_or(0) / rustix::param::page_size()
 }
 
 /// The pipes of a loop.
@@ -103,11 +99,8 @@ impl Pipes {
     }
 
     /// Takes back an empty one.
-    pub(crate) fn give(&mut self, mut pipe: Pipe) {
+    pub(crate) fn give(&mut self, pipe: Pipe) {
         self.lent -= 1;
-        if pipe.slots == 0 {
-            pipe.count_slots();
-        }
         if self.empty.len() < KEPT {
             self.empty.push(pipe);
         }
