@@ -149,7 +149,7 @@ fn start(spawn: &Spawn<'_>, parent: Parent) -> Result<(u32, Option<OwnedFd>), Sp
         passed => Some(reserve_above(FIRST_PASSED + passed).map_err(failure(SpawnStage::Fork))?),
     };
     let spare = spare.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-    let moves = Moves::of(spawn.descriptors, spare);
+    let moves = Moves::plan(spawn.descriptors, spare);
 
     let mut pid_strings: Vec<Vec<u8>> =
         spawn.pid_variables.iter().map(|name| [name.to_bytes(), b"=", &[0; PID_ROOM]].concat()).collect();
@@ -273,12 +273,12 @@ struct Moves {
 
 impl Moves {
     /// `spare` is a number above all targets that nobody needs, used to break cycles.
-    fn of(descriptors: &[BorrowedFd<'_>], spare: i32) -> Moves {
+    fn plan(descriptors: &[BorrowedFd<'_>], spare: i32) -> Moves {
         let sources: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-        Moves::plan(&sources, spare)
+        Moves::of(&sources, spare)
     }
 
-    fn plan(sources: &[i32], spare: i32) -> Moves {
+    fn of(sources: &[i32], spare: i32) -> Moves {
         let targets = FIRST_PASSED..FIRST_PASSED + sources.len() as i32;
         let index = |number: i32| (number - FIRST_PASSED) as usize;
         // How many moves still read each target's present descriptor.
@@ -444,7 +444,7 @@ mod tests {
     /// Plays the steps on a table of descriptors, and looks whether each target has what it was to get.
     fn check(sources: &[i32]) {
         const SPARE: i32 = 1000;
-        let moves = Moves::plan(sources, SPARE);
+        let moves = Moves::of(sources, SPARE);
         let mut table: BTreeMap<i32, i32> = (0..500).map(|number| (number, number)).collect();
         for &(from, to) in &moves.steps {
             let moved = table[&from];

@@ -17,8 +17,8 @@ use heirloom_sys::{set_time_slice, time_slice};
 
 /// The time slice of a thread that works in steps: the shorter, the less it loses by letting others go first.
 const IN_STEPS: Duration = Duration::from_micros(100);
-/// The time slice of one that does something long that is no step: whatever becomes ready goes first. No longer than that takes: a
-/// thread with a long slice waits until each of the others has had as much, and one that yields gives up what is left of it (Linux
+/// The time slice of one that does something long that is no step: whatever becomes ready goes first. It is not longer than such
+/// things are, since who has it waits until each of the others has had as much, and who yields gives up what is left of it (Linux
 /// 6.18).
 const AT_LENGTH: Duration = Duration::from_millis(10);
 
