@@ -41,8 +41,8 @@ pub(crate) fn successor(control: &Path) -> anyhow::Result<()> {
     let mut events = Events::with_capacity(1024);
     // Without the control listener, which is not lent.
     let (mut left, mut registered) = (successor.welcome().items - 1, 0);
-    let offered = successor.receive_each(|entry, descriptor| {
-        register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
+    let offered = successor.receive_each(|item| {
+        register(poll.registry(), item.descriptor(), token(item.id()), Interest::READABLE)?;
         left -= 1;
         if left == 0 {
             registered = now();

@@ -12,7 +12,7 @@ use std::{io, mem};
 
 use heirloom::manifest::Base;
 use heirloom::runtime::mio::register;
-use heirloom::{Bundle, Entry, ItemId, courtesy};
+use heirloom::{Bundle, Entry, EntryRef, ItemId, courtesy};
 use heirloom_sys::SignalMask;
 use mio::{Interest, Poll, Waker};
 use rustix::thread::{CpuSet, sched_getaffinity};
@@ -136,8 +136,8 @@ impl Prepared {
     /// # Errors
     ///
     /// Those of epoll_ctl(2).
-    pub fn register(&mut self, entry: &Entry, descriptor: BorrowedFd<'_>) -> io::Result<()> {
-        if ![CLIENT, BACKEND].contains(&entry.name.as_str()) {
+    pub fn register(&mut self, entry: EntryRef<'_>, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        if ![CLIENT, BACKEND].contains(&entry.name) {
             return Ok(());
         }
         let poll = &self.polls[self.homes.of(Key::of(entry.id), self.polls.len())];

@@ -102,9 +102,9 @@ impl Echo {
         let poll = Poll::new()?;
         // The costly part, while the other process serves. This poller must not be polled before the takeover.
         let mut registered = ItemId::CONTROL;
-        let offered = successor.receive_each(|entry, descriptor| {
-            registered = registered.max(entry.id);
-            register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)
+        let offered = successor.receive_each(|item| {
+            registered = registered.max(item.id());
+            register(poll.registry(), item.descriptor(), token(item.id()), Interest::READABLE)
         })?;
 
         Echo::go_on(poll, registered, offered.ready()?.accept()?)

@@ -16,7 +16,7 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    Entry, Item, ItemId, Kind, RESERVED_PREFIX, Typed,
+    Entry, EntryRef, Item, ItemId, Kind, RESERVED_PREFIX, Typed,
     codec::{Cbor, Codec, CodecError},
     manifest::{Base, Delta, ManifestError, ServiceRecord},
 };
@@ -554,7 +554,7 @@ fn matched(
                 _ => descriptors.next_if(|(id, _)| *id == entry.id),
             }
             .ok_or_else(|| BundleError::NoDescriptor { item: entry.to_string() })?;
-            entry.kind = checked_kind(&entry, &descriptor)?;
+            entry.kind = checked_kind((&entry).into(), &descriptor)?;
             Ok((entry.id, Item { entry, descriptor }))
         })
         .collect::<Result<_, BundleError>>()?;
@@ -565,7 +565,7 @@ fn matched(
 }
 
 /// What a descriptor is, if that is what the entry says.
-pub(crate) fn checked_kind(entry: &Entry, descriptor: &OwnedFd) -> Result<Kind, BundleError> {
+pub(crate) fn checked_kind(entry: EntryRef<'_>, descriptor: &OwnedFd) -> Result<Kind, BundleError> {
     let real = entry
         .kind
         .expected(descriptor)
@@ -573,7 +573,7 @@ pub(crate) fn checked_kind(entry: &Entry, descriptor: &OwnedFd) -> Result<Kind, 
     if entry.kind == real || entry.kind == Kind::Other {
         return Ok(real);
     }
-    Err(BundleError::WrongKind { id: entry.id, name: entry.name.clone(), declared: entry.kind, real })
+    Err(BundleError::WrongKind { id: entry.id, name: entry.name.to_owned(), declared: entry.kind, real })
 }
 
 fn application() -> String {

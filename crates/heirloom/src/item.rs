@@ -60,7 +60,7 @@ pub const CONTROL_NAME: &str = "heirloom.control";
 /// let entry = Entry { id: ItemId(1), name: "client".into(), kind: Kind::TcpStream, state: vec![] };
 /// assert_eq!(entry.to_string(), "\"client\" (id 1, tcp-stream)");
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, PartialEq, Eq, Decode)]
 #[cbor(map)]
 pub struct Entry {
     /// The item's identity.
@@ -77,42 +77,50 @@ pub struct Entry {
     pub state: Vec<u8>,
 }
 
-/// An entry whose name and state lie elsewhere; on the wire the same as an [`Entry`].
+/// An entry whose name and state lie elsewhere, in a manifest or in an [`Entry`].
+///
+/// ```
+/// use heirloom::{Entry, EntryRef, ItemId, Kind};
+///
+/// let entry = Entry { id: ItemId(1), name: "client".into(), kind: Kind::TcpStream, state: vec![] };
+/// let borrowed = EntryRef::from(&entry);
+/// assert_eq!(borrowed.name, "client");
+/// assert_eq!(borrowed.to_entry(), entry);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Decode)]
 #[cbor(map)]
-pub(crate) struct EntryRef<'b> {
+pub struct EntryRef<'e> {
+    /// The item's identity.
     #[n(0)]
-    pub(crate) id: ItemId,
+    pub id: ItemId,
+    /// What the application calls it.
     #[b(1)]
-    pub(crate) name: &'b str,
+    pub name: &'e str,
+    /// What its descriptor is.
     #[n(2)]
-    pub(crate) kind: Kind,
+    pub kind: Kind,
+    /// Its encoded state; empty when it has none.
     #[cbor(b(3), with = "minicbor::bytes", default)]
-    pub(crate) state: &'b [u8],
+    pub state: &'e [u8],
 }
 
-impl Entry {
-    pub(crate) fn as_ref(&self) -> EntryRef<'_> {
-        EntryRef { id: self.id, name: &self.name, kind: self.kind, state: &self.state }
+impl<'e> From<&'e Entry> for EntryRef<'e> {
+    fn from(entry: &'e Entry) -> Self {
+        EntryRef { id: entry.id, name: &entry.name, kind: entry.kind, state: &entry.state }
     }
 }
 
 impl EntryRef<'_> {
-    pub(crate) fn to_entry(self) -> Entry {
+    /// A copy with a name and a state of its own.
+    #[must_use]
+    pub fn to_entry(self) -> Entry {
         Entry { id: self.id, name: self.name.to_owned(), kind: self.kind, state: self.state.to_owned() }
-    }
-
-    /// Writes it over another entry, in the memory that this has.
-    pub(crate) fn write_over(self, entry: &mut Entry) {
-        (entry.id, entry.kind) = (self.id, self.kind);
-        self.name.clone_into(&mut entry.name);
-        self.state.clone_into(&mut entry.state);
     }
 }
 
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.as_ref().fmt(f)
+        EntryRef::from(self).fmt(f)
     }
 }
 
@@ -211,10 +219,6 @@ mod tests {
         let entry = Entry { id: ItemId(9), name: "x".into(), kind: Kind::TcpStream, state: vec![1, 2] };
         let bytes = minicbor::to_vec(&entry).unwrap();
         let read: EntryRef<'_> = minicbor::decode(&bytes).unwrap();
-        assert_eq!((read, read.to_entry()), (entry.as_ref(), entry.clone()));
-
-        let mut other = Entry { id: ItemId(1), name: "y".into(), kind: Kind::Memfd, state: vec![3] };
-        read.write_over(&mut other);
-        assert_eq!(other, entry);
+        assert_eq!((read, read.to_entry()), (EntryRef::from(&entry), entry.clone()));
     }
 }

@@ -70,10 +70,10 @@ pub use incumbent::{
     Asked, Batch, ConnectionId, Delegated, Freeze, HandoverError, Incumbent, Offer, Outcome, StatusAsked,
     TakenBy, Turn, UpgradeAsked,
 };
-pub use item::{CONTROL_NAME, Entry, Item, ItemId, RESERVED_PREFIX, Typed};
+pub use item::{CONTROL_NAME, Entry, EntryRef, Item, ItemId, RESERVED_PREFIX, Typed};
 pub use kind::Kind;
 pub use limits::Limits;
 pub use service::Service;
 pub use start::{Replace, Start, StartError, start};
 pub use transport::OlderIncumbent;
-pub use transport::socket::{Complete, Offered, Successor, Taken, TakeoverError};
+pub use transport::socket::{Complete, Lent, Offered, Successor, Taken, TakeoverError};

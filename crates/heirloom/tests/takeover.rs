@@ -185,9 +185,9 @@ fn each_descriptor_is_lent_once_as_it_arrives_and_may_be_refused() {
     let server = thread::spawn(|| serve(incumbent, bundle));
 
     let mut lent = 0;
-    let refused = successor(&scratch.control(), &service()).receive_each(|entry, _| {
+    let refused = successor(&scratch.control(), &service()).receive_each(|item| {
         lent += 1;
-        if entry.name == "pair 300" { Err(io::Error::other("no room for it")) } else { Ok(()) }
+        if item.entry()?.name == "pair 300" { Err(io::Error::other("no room for it")) } else { Ok(()) }
     });
     let error = refused.unwrap_err().to_string();
     assert!(error.contains("pair 300") && error.contains("no room for it"), "{error}");
@@ -195,9 +195,10 @@ fn each_descriptor_is_lent_once_as_it_arrives_and_may_be_refused() {
 
     // The incumbent serves on, and the next one gets everything.
     let mut lent = Vec::new();
-    let next = successor(&scratch.control(), &service()).receive_each(|entry, descriptor| {
-        assert_eq!(Kind::of(descriptor)?, Kind::UnixStream);
-        lent.push(entry.clone());
+    let next = successor(&scratch.control(), &service()).receive_each(|item| {
+        let entry = item.entry()?;
+        assert_eq!((Kind::of(item.descriptor())?, item.id()), (Kind::UnixStream, entry.id));
+        lent.push(entry.to_entry());
         Ok(())
     });
     let offered = next.unwrap();

@@ -112,7 +112,7 @@ fn take_over(successor: Successor, config: Config) -> Result<(Taken<NoRequests>,
             return Err(rolled_back(error));
         }
     };
-    let offered = successor.receive_each(|entry, descriptor| prepared.register(entry, descriptor))?;
+    let offered = successor.receive_each(|item| prepared.register(item.entry()?, item.descriptor()))?;
     let mut ready = match prepared.offer(offered.bundle()) {
         Ok(ready) => ready,
         Err(error) => {

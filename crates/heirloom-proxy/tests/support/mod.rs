@@ -111,7 +111,7 @@ pub(crate) fn hand_over(mut engine: Engine, config: Config, meanwhile: impl FnOn
     let mut prepared = Prepared::new(config).unwrap();
     for entry in &base.items {
         use std::os::fd::AsFd;
-        prepared.register(entry, descriptors[&entry.id].as_fd()).unwrap();
+        prepared.register(entry.into(), descriptors[&entry.id].as_fd()).unwrap();
     }
     let count = base.items.len();
     let mut bundle = Bundle::from_parts(base, descriptors).unwrap();

@@ -124,7 +124,7 @@ impl Delta {
     pub fn between(base: &Base, base_crc: u32, now: &Base) -> Result<Delta, ManifestError> {
         check_order("items", base.items.iter().map(|e| e.id))?;
         let state = base.state.as_deref();
-        let items = base.items.iter().map(|entry| Ok(entry.as_ref()));
+        let items = base.items.iter().map(|entry| Ok(entry.into()));
         Delta::from_lists(state, &base.sections, items, base_crc, &now.written())
     }
 

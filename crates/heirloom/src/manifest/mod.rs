@@ -301,7 +301,7 @@ fn check_entries(
     within(|| format!("the number of {list}"), "items", entries.len(), limits.items)?;
     let entries = entries.iter().map(Borrow::borrow);
     check_ids(list, entries.clone().map(|e| e.id), next_id)?;
-    entries.clone().try_for_each(|e| check_entry(e.as_ref(), limits))
+    entries.clone().try_for_each(|e| check_entry(e.into(), limits))
 }
 
 /// Checks an entry by itself.

@@ -2,12 +2,12 @@
 //! what their entries say is checked when all are there, so that nothing but their registration is on their way.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
+use super::lent::Lent;
 use crate::bundle::{Bundle, BundleError, checked_kind};
 use crate::courtesy;
-use crate::item::{Entry, Item, ItemId};
-use crate::kind::Kind;
+use crate::item::{Entry, EntryRef, Item, ItemId};
 use crate::manifest::Listing;
 
 /// How many are checked in a step.
@@ -20,15 +20,12 @@ pub(crate) struct Arriving {
     descriptors: Vec<Option<OwnedFd>>,
     /// The place of the next, if they come in the order of the manifest.
     next: usize,
-    /// The entry that is lent.
-    entry: Entry,
 }
 
 impl Arriving {
     pub(crate) fn new(listing: Listing) -> Self {
         let descriptors = (0..listing.len()).map(|_| None).collect();
-        let entry = Entry { id: ItemId::CONTROL, name: String::new(), kind: Kind::Other, state: Vec::new() };
-        Arriving { listing, descriptors, next: 0, entry }
+        Arriving { listing, descriptors, next: 0 }
     }
 
     /// Lends a descriptor, unless it is the control listener, and keeps it.
@@ -36,15 +33,14 @@ impl Arriving {
         &mut self,
         id: ItemId,
         descriptor: OwnedFd,
-        each: &mut dyn FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>,
+        each: &mut impl FnMut(Lent<'_>) -> io::Result<()>,
     ) -> Result<(), String> {
         let place = self.place(id).ok_or_else(|| BundleError::NotListed { id }.to_string())?;
         self.next = place + 1;
         if id != ItemId::CONTROL {
-            let entry = self.listing.entry(place).map_err(|error| error.to_string())?;
-            entry.write_over(&mut self.entry);
-            let entry = &self.entry;
-            if let Err(error) = each(entry, descriptor.as_fd()) {
+            let lent = Lent { id, place, listing: &self.listing, descriptor: descriptor.as_fd() };
+            if let Err(error) = each(lent) {
+                let entry = self.listing.entry(place).map_err(|error| error.to_string())?;
                 // It may not be what it is said to be, which would be the reason.
                 checked_kind(entry, &descriptor).map_err(|error| error.to_string())?;
                 return Err(format!("cannot prepare for {entry}: {error}"));
@@ -65,13 +61,13 @@ impl Arriving {
         let (mut items, mut missing) = (Vec::with_capacity(self.listing.len()), Vec::new());
         for (place, descriptor) in self.descriptors.into_iter().enumerate() {
             courtesy::step(place, CHECKED);
-            let mut entry = self.listing.entry(place)?.to_entry();
+            let entry = self.listing.entry(place)?;
             match descriptor {
                 Some(descriptor) => {
-                    entry.kind = checked_kind(&entry, &descriptor)?;
-                    items.push((entry.id, Item { entry, descriptor }));
+                    let kind = checked_kind(entry, &descriptor)?;
+                    items.push((entry.id, Item { entry: EntryRef { kind, ..entry }.to_entry(), descriptor }));
                 }
-                None => missing.push(entry),
+                None => missing.push(entry.to_entry()),
             }
         }
         Ok((Bundle::of_items(self.listing.into_rest(), items.into_iter().collect()), missing))

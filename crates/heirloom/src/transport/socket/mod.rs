@@ -5,7 +5,9 @@
 //! end. Between them stand the state machines of [`crate::protocol`]; this module carries out what they ask.
 
 mod arriving;
+mod lent;
 mod successor;
 pub(crate) mod takeover;
 
+pub use lent::Lent;
 pub use successor::{Complete, Offered, Successor, Taken, TakeoverError};

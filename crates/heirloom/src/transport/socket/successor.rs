@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use serde::de::DeserializeOwned;
 
 use super::arriving::Arriving;
+use super::lent::Lent;
 use crate::bundle::{Bundle, BundleError};
 use crate::busy_poll::BusyPoll;
 use crate::channel::{Channel, Incoming, SendError};
@@ -209,7 +210,7 @@ impl Successor {
     ///
     /// The incumbent withdrew, died, or sent what cannot be used.
     pub fn receive(self) -> Result<Offered, TakeoverError> {
-        self.receive_each(|_, _| Ok(()))
+        self.receive_each(|_| Ok(()))
     }
 
     /// As [`Successor::receive`], and lends each descriptor once it has come, the control listener's apart. To register them
@@ -227,15 +228,15 @@ impl Successor {
     /// use mio::{Interest, Registry, Token};
     ///
     /// fn receive(successor: Successor, registry: &Registry) -> Result<Offered, TakeoverError> {
-    ///     successor.receive_each(|entry, descriptor| {
-    ///         let token = Token(entry.id.0 as usize);
-    ///         heirloom::runtime::mio::register(registry, descriptor, token, Interest::READABLE)
+    ///     successor.receive_each(|item| {
+    ///         let token = Token(item.id().0 as usize);
+    ///         heirloom::runtime::mio::register(registry, item.descriptor(), token, Interest::READABLE)
     ///     })
     /// }
     /// ```
     pub fn receive_each(
         mut self,
-        mut each: impl FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>,
+        mut each: impl FnMut(Lent<'_>) -> io::Result<()>,
     ) -> Result<Offered, TakeoverError> {
         loop {
             match self.takeover.run() {
@@ -529,7 +530,7 @@ impl Takeover {
     }
 
     /// Lends the descriptors of the base that have just arrived.
-    fn show_arrived(&mut self, each: &mut dyn FnMut(&Entry, BorrowedFd<'_>) -> io::Result<()>) {
+    fn show_arrived(&mut self, each: &mut impl FnMut(Lent<'_>) -> io::Result<()>) {
         let Some(arriving) = &mut self.arriving else { return };
         for (id, descriptor) in self.unchecked.drain(..) {
             if let Err(what) = arriving.take_in(id, descriptor, each) {
