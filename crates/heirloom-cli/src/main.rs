@@ -4,6 +4,7 @@
 mod ask;
 mod chat;
 mod control;
+mod deferred;
 mod demo;
 mod exit;
 mod failure;
@@ -20,8 +21,10 @@ mod upgrade;
 
 use std::io::Write;
 
+use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use deferred::Deferred;
 use exit::Exit;
 use heirloom::courtesy;
 use page::Page;
@@ -39,27 +42,27 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Copy a TCP server's bytes to stdout and stdin's bytes to the server, and hand over to the next one started
-    Chat(chat::Args),
+    Chat(Deferred<chat::Args>),
     /// Pass TCP and UNIX connections on to backends, and hand them over to the next one started, or to a new configuration
-    Proxy(proxy::Args),
+    Proxy(Deferred<proxy::Args>),
     /// Ask whether somebody serves at a control socket
-    Ping(control::Target),
+    Ping(Deferred<control::Target>),
     /// Show what the process at a control socket serves, and how its last takeover went
-    Status(ask::StatusArgs),
+    Status(Deferred<ask::StatusArgs>),
     /// Show what the process at a control socket would hand over in a takeover
-    Inspect(inspect::Args),
+    Inspect(Deferred<inspect::Args>),
     /// Let the process at a control socket be replaced by a new program, with all its connections
-    Upgrade(upgrade::Args),
+    Upgrade(Deferred<upgrade::Args>),
     /// End the process at a control socket
-    Quit(control::Target),
+    Quit(Deferred<control::Target>),
     /// Keep a program running, and its descriptors: socket activation and an fd store for any program
-    Run(run::Args),
+    Run(Deferred<run::Args>),
     /// Show it all: a client that is replaced under load, and loses nothing
-    Demo(demo::Args),
+    Demo(Deferred<demo::Args>),
     /// Install man pages, and completions for bash, zsh and fish
-    Setup(setup::Args),
+    Setup(Deferred<setup::Args>),
     #[command(hide = true)]
-    DemoSuccessor(demo::successor::Args),
+    DemoSuccessor(Deferred<demo::successor::Args>),
 }
 
 /// What `heirloom --help` and the man page say beyond commands and options.
@@ -102,11 +105,16 @@ fn command() -> clap::Command {
     PAGE.attach(Cli::command()).mut_subcommands(|command| page_of(command.get_name()).attach(command))
 }
 
+/// The command line as it was given. The pages are made only where there is something to show.
 fn parse() -> Result<Cli, clap::Error> {
-    Cli::from_arg_matches(&command().try_get_matches()?).map_err(|error| error.format(&mut command()))
+    match Cli::command().try_get_matches() {
+        Ok(matches) => Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command())),
+        Err(version) if version.kind() == ErrorKind::DisplayVersion => Err(version),
+        Err(other) => Err(command().try_get_matches().err().unwrap_or(other)),
+    }
 }
 
-/// As [`parse`], which takes half a millisecond: if an incumbent has started this process, it goes first before and after.
+/// As [`parse`], which takes a while: if an incumbent has started this process, it goes first before and after.
 fn parse_courteously() -> Result<Cli, clap::Error> {
     if heirloom::upgrade::is_asked() {
         courtesy::give_way();
@@ -132,17 +140,17 @@ fn main() -> Exit {
         return Exit::Failed;
     }
     let result = match cli.command {
-        Command::Chat(args) => chat::run(args),
-        Command::Proxy(args) => proxy::run(args),
-        Command::Ping(target) => ask::ping(&target),
-        Command::Status(args) => ask::status(&args),
-        Command::Inspect(args) => inspect::run(&args),
-        Command::Upgrade(args) => upgrade::run(args),
-        Command::Quit(target) => ask::quit(&target),
-        Command::Run(args) => run::run(args),
-        Command::Demo(args) => demo::run(&args),
-        Command::Setup(args) => setup::run(&args),
-        Command::DemoSuccessor(args) => demo::successor::run(args),
+        Command::Chat(Deferred(args)) => chat::run(args),
+        Command::Proxy(Deferred(args)) => proxy::run(args),
+        Command::Ping(Deferred(target)) => ask::ping(&target),
+        Command::Status(Deferred(args)) => ask::status(&args),
+        Command::Inspect(Deferred(args)) => inspect::run(&args),
+        Command::Upgrade(Deferred(args)) => upgrade::run(args),
+        Command::Quit(Deferred(target)) => ask::quit(&target),
+        Command::Run(Deferred(args)) => run::run(args),
+        Command::Demo(Deferred(args)) => demo::run(&args),
+        Command::Setup(Deferred(args)) => setup::run(&args),
+        Command::DemoSuccessor(Deferred(args)) => demo::successor::run(args),
     };
     result.unwrap_or_else(|failure| {
         tracing::error!(

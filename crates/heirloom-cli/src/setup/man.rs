@@ -40,8 +40,10 @@ fn prepare(command: &clap::Command) -> clap::Command {
 /// How the command is called, option by option.
 fn synopsis(command: &clap::Command) -> String {
     let mut usage = command.get_bin_name().unwrap_or(command.get_name()).to_owned();
-    let shown = || command.get_arguments().filter(|argument| !argument.is_hide_set());
-    for argument in shown().filter(|a| !a.is_positional()).chain(shown().filter(|a| a.is_positional())) {
+    let mut shown: Vec<_> = command.get_arguments().filter(|argument| !argument.is_hide_set()).collect();
+    // The command's own, then those that all commands have.
+    shown.sort_by_key(|argument| (argument.is_positional(), argument.is_global_set()));
+    for argument in shown {
         let name = match (argument.get_long(), argument.get_short()) {
             (Some(long), _) => Some(format!("--{long}")),
             (None, short) => short.map(|short| format!("-{short}")),
