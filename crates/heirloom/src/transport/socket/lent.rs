@@ -1,8 +1,8 @@
 //! What a successor may see of an item before anything is its own. An entry is read when somebody asks for it: whatever is done
 //! for each of many descriptors delays the next one, and for most an id is enough.
 
-use std::io;
 use std::os::fd::BorrowedFd;
+use std::{fmt, io};
 
 use crate::item::{EntryRef, ItemId};
 use crate::manifest::Listing;
@@ -24,7 +24,7 @@ use crate::manifest::Listing;
 ///     heirloom::runtime::mio::register(registry, item.descriptor(), token, Interest::READABLE)
 /// }
 /// ```
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Lent<'l> {
     pub(super) id: ItemId,
     pub(super) descriptor: BorrowedFd<'l>,
@@ -53,5 +53,13 @@ impl<'l> Lent<'l> {
     /// It cannot be read, which was checked when the manifest came.
     pub fn entry(&self) -> io::Result<EntryRef<'l>> {
         self.listing.entry(self.place).map_err(io::Error::other)
+    }
+}
+
+impl fmt::Debug for Lent<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the list, which has the entries of all the others.
+        let Lent { id, descriptor, .. } = self;
+        f.debug_struct("Lent").field("id", id).field("descriptor", descriptor).finish_non_exhaustive()
     }
 }
