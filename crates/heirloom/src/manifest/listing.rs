@@ -1,7 +1,7 @@
 //! A base as it has arrived: checked as a whole, its entries left where they are until somebody asks for one.
 //!
-//! A successor lends each entry when its descriptor comes, and makes an item of it when all have come. To read
-//! an entry twice costs less than to make it beforehand: what is dear is memory that is touched for the first time.
+//! A successor lends each item when its descriptor comes, whose entry is read if somebody asks, and makes items of all when all have
+//! come. To read an entry twice costs less than to make it beforehand: what is dear is memory that is touched for the first time.
 
 use minicbor::{Decode, Decoder, decode::Error};
 

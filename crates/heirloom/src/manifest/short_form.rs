@@ -39,7 +39,7 @@ fn write<W: Write>(entry: EntryRef<'_>, out: &mut W) -> Result<(), W::Error> {
     out.write_all(entry.state)
 }
 
-/// Some heads, one after the other.
+/// Some heads, one after the other: at most three of a byte and two of any length.
 #[derive(Default)]
 struct Heads {
     bytes: [u8; 3 + 2 * HEAD],
