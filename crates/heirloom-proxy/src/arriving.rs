@@ -49,7 +49,7 @@ pub(crate) struct Sleeper {
     pub(crate) state: ConnectionState,
     /// Its sockets were registered with the poller of its loop, for reading.
     pub(crate) registered: bool,
-    /// It was not idle at the freeze: nobody tells what is to be done.
+    /// It is in the middle of something, or is not registered: nobody tells what is to be done.
     pub(crate) urgent: bool,
 }
 

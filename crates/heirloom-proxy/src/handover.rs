@@ -121,6 +121,13 @@ pub(crate) struct ConnectionState {
     pub(crate) down: FlowState,
 }
 
+impl ConnectionState {
+    /// Whether it does nothing before one of its sockets tells of something to read.
+    pub(crate) fn is_calm(&self) -> bool {
+        self.stage == RELAYING && [&self.up, &self.down].iter().all(|flow| flow.is_calm())
+    }
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub(crate) struct FlowState {
@@ -138,6 +145,13 @@ pub(crate) struct FlowState {
     /// How many bytes are in the pipe.
     #[cbor(n(5), default)]
     pub(crate) held: usize,
+}
+
+impl FlowState {
+    /// It holds nothing, and an end that it has heard was passed on.
+    fn is_calm(&self) -> bool {
+        self.pipe.is_none() && self.ended == self.done
+    }
 }
 
 pub(crate) const WAITING: u8 = 0;

@@ -31,7 +31,7 @@ use crate::handover::{
 };
 use crate::id::{Key, KeyMap, Keys, token};
 use crate::plan::Plan;
-use crate::ready::{LoopThread, Ready, Threads};
+use crate::ready::{LoopThread, Ready, Threads, is_registered};
 use crate::shared::{Post, Shared};
 use crate::table::Table;
 
@@ -198,8 +198,7 @@ impl Prepared {
             } else if entry.name == CLIENT {
                 let key = Key::of(entry.id);
                 let state = places.read(&table, &entry.state).map_err(EngineError::State)?;
-                let sockets = [Some(key.first()), state.has_server.then(|| key.second())];
-                let registered = sockets.into_iter().flatten().all(|id| self.registered.contains(&id));
+                let registered = is_registered(&self.registered, key, &state);
                 table.count(&state);
                 let sleeper = Sleeper { state, registered, urgent: false };
                 sleepers[self.homes.of(key, self.polls.len())].insert(key, sleeper);

@@ -18,7 +18,7 @@ use crate::door::Door;
 use crate::engine::Engine;
 use crate::error::EngineError;
 use crate::event_loop::EventLoop;
-use crate::handover::{CLIENT, ServiceState, decode};
+use crate::handover::{CLIENT, ConnectionState, ServiceState, decode};
 use crate::id::{Key, token};
 use crate::prepared::{Homes, Places};
 use crate::rates::Rates;
@@ -103,8 +103,11 @@ impl Ready {
             let Some(entry) = bundle.entry(*id).filter(|entry| entry.name == CLIENT) else { continue };
             let state = self.places.read(table, &entry.state).map_err(EngineError::State)?;
             table.count(&state);
-            let (key, registered) = (Key::of(*id), self.registered.contains(id));
-            let sleeper = Sleeper { state, registered, urgent: true };
+            let key = Key::of(*id);
+            let registered = is_registered(&self.registered, key, &state);
+            // What came since it was registered is told, be it bytes or an end.
+            let urgent = !(registered && state.is_calm());
+            let sleeper = Sleeper { state, registered, urgent };
             self.sleepers[self.homes.of(key, count)].insert(key, sleeper);
         }
         Ok(())
@@ -171,6 +174,12 @@ impl Ready {
         shared.table.listeners[door.listener].set_bound(socket::name(&descriptor, &listener.address));
         state.doors.push(door);
     }
+}
+
+/// Whether all sockets of a connection were registered with the poller of its loop.
+pub(crate) fn is_registered(registered: &BTreeSet<ItemId>, key: Key, state: &ConnectionState) -> bool {
+    let sockets = [Some(key.first()), state.has_server.then(|| key.second())];
+    sockets.into_iter().flatten().all(|id| registered.contains(&id))
 }
 
 /// Ends a listener that is no longer configured: those who wait in its queue are reset, as they would be if it had ended before.

@@ -132,6 +132,75 @@ fn a_backend_that_leaves_the_configuration_keeps_its_connections_for_the_time_to
     assert_eq!(engine.report().backends.len(), 1);
 }
 
+/// What somebody does at one moment of a handover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    Nothing,
+    Talk,
+    Write,
+    End,
+}
+
+const ACTS: [Act; 4] = [Act::Nothing, Act::Talk, Act::Write, Act::End];
+
+/// Nobody tells the successor of it but the poller in which it was registered before.
+#[test]
+fn whatever_comes_before_the_freeze_or_in_the_pause_is_passed_on() {
+    let to = backend(echo);
+    let mut engine = fresh(simple(&[to], ""));
+    for threads in [1, 2, 3] {
+        let at = address(&engine);
+        // Of each kind, one that is there before the offer and one that comes after it.
+        let mut clients = Vec::new();
+        for (before, then) in ACTS.into_iter().flat_map(|before| ACTS.map(|then| (before, then))) {
+            let is_over = before == Act::End && then != Act::Nothing;
+            if !is_over && then != Act::Talk {
+                clients.push((before, then, connect(at), None));
+            }
+        }
+        clients.iter_mut().for_each(|(_, _, client, _)| talk(client, "hello"));
+        let clients = std::cell::RefCell::new(clients);
+        let act = |what: Act, client: &mut TcpStream| match what {
+            Act::Nothing => {}
+            Act::Talk => talk(client, "talk"),
+            Act::Write => client.write_all(b"write").unwrap(),
+            Act::End => client.shutdown(Shutdown::Write).unwrap(),
+        };
+        let mut config = simple(&[to], "");
+        config.threads = std::num::NonZeroUsize::new(threads);
+        engine = hand_over_slowly(
+            engine,
+            config,
+            || {
+                for (before, _, client, late) in clients.borrow_mut().iter_mut() {
+                    act(*before, client);
+                    let mut new = connect(at);
+                    talk(&mut new, "new");
+                    *late = Some(new);
+                }
+            },
+            || {
+                for (_, then, client, late) in clients.borrow_mut().iter_mut() {
+                    act(*then, client);
+                    act(*then, late.as_mut().unwrap());
+                }
+            },
+        );
+        for (before, then, mut client, late) in clients.into_inner() {
+            let expected =
+                |acts: &[Act]| "write".repeat(acts.iter().filter(|&&act| act == Act::Write).count());
+            for (client, acts) in [(&mut client, &[before, then][..]), (&mut late.unwrap(), &[then])] {
+                hear(client, &expected(acts));
+                if acts.contains(&Act::End) {
+                    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0, "{before:?}, {then:?}");
+                } else {
+                    talk(client, "after");
+                }
+            }
+        }
+    }
+}
+
 /// Bound anew, it would be in the way of itself.
 #[test]
 fn a_listener_whose_address_is_written_otherwise_is_the_same_one() {

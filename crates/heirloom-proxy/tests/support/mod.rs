@@ -101,7 +101,17 @@ pub(crate) fn hear(stream: &mut TcpStream, text: &str) {
 
 /// Hands everything over to an engine with another configuration, as two processes do it; `meanwhile` happens between the offer
 /// and the freeze.
-pub(crate) fn hand_over(mut engine: Engine, config: Config, meanwhile: impl FnOnce()) -> Engine {
+pub(crate) fn hand_over(engine: Engine, config: Config, meanwhile: impl FnOnce()) -> Engine {
+    hand_over_slowly(engine, config, meanwhile, || {})
+}
+
+/// The same, and `in_the_pause` happens while nobody serves.
+pub(crate) fn hand_over_slowly(
+    mut engine: Engine,
+    config: Config,
+    meanwhile: impl FnOnce(),
+    in_the_pause: impl FnOnce(),
+) -> Engine {
     let limits = Limits::default();
     let base = engine.offer();
     let crc = base.encode(&limits).unwrap().crc;
@@ -129,6 +139,7 @@ pub(crate) fn hand_over(mut engine: Engine, config: Config, meanwhile: impl FnOn
         .collect();
     bundle.apply(delta, crc, late).unwrap();
     ready.complete(&bundle, &changes).unwrap();
+    in_the_pause();
     drop(frozen);
     engine.leave(LONG);
     ready.start(bundle)
