@@ -15,12 +15,16 @@ use std::time::{Duration, Instant};
 
 use heirloom_sys::{set_time_slice, time_slice};
 
+mod reminder;
 /// The time slice of a thread that works in steps: the shorter, the less it loses by letting others go first.
 const IN_STEPS: Duration = Duration::from_micros(100);
 /// The time slice of one that does something long that is no step: whatever becomes ready goes first. It is not longer than such
 /// things are, since who has it waits until each of the others has had as much, and who yields gives up what is left of it (Linux
 /// 6.18).
 const AT_LENGTH: Duration = Duration::from_millis(10);
+/// How often the kernel is reminded of others while a program starts: for about as long as one of ours takes to come to its first
+/// step.
+const REMINDERS: u32 = 40;
 
 thread_local! {
     /// How long the calling thread has asked to wait for others, in all that is left; zero for one that takes its turns.
@@ -99,16 +103,17 @@ pub fn next_step() {
     }
 }
 
-/// Does something long, and lets others go first meanwhile if the calling thread gives way.
-pub(crate) fn at_length<T>(work: impl FnOnce() -> T) -> T {
+/// Starts a program, which is not ready when this returns: others go first all the while if the calling thread gives way.
+pub(crate) fn starting<T>(start: impl FnOnce() -> T) -> T {
     if !gives_way() {
-        return work();
+        return start();
     }
     let patience = PATIENCE.get();
+    reminder::remind(REMINDERS);
     step_back();
-    let done = work();
+    let started = start();
     give_way_for(patience);
-    done
+    started
 }
 
 fn set(slice: Duration) {
@@ -133,14 +138,14 @@ mod tests {
             let away = now();
             give_way();
             assert_eq!(now(), away);
-            at_length(|| assert!(now() == AT_LENGTH || now() == before));
+            starting(|| assert!(now() == AT_LENGTH || now() == before));
             assert_eq!(now(), away);
             std::thread::spawn(move || {
                 assert_eq!(now(), away);
                 take_turns();
                 assert_eq!(now(), before);
                 take_turns();
-                at_length(|| assert_eq!(now(), before));
+                starting(|| assert_eq!(now(), before));
             })
             .join()
             .unwrap();
@@ -163,7 +168,7 @@ mod tests {
             assert_eq!((now(), gives_way()), (before, false));
             give_way_for(Duration::from_secs(3600));
             next_step();
-            at_length(|| ());
+            starting(|| ());
             let left = PATIENCE.get();
             assert!(left > Duration::ZERO && left < Duration::from_secs(3600), "{left:?}");
             take_turns();

@@ -51,7 +51,7 @@ impl Check {
         let role = Role::Preflight { incumbent: std::process::id(), manifest: fstat(&manifest)?.st_ino };
         let mut command = launch.command(role);
         command.stdin(manifest).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = courtesy::at_length(|| command.spawn())?;
+        let mut child = courtesy::starting(|| command.spawn())?;
         let watched = || -> io::Result<(OwnedFd, Option<OwnedFd>, Option<OwnedFd>)> {
             let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
             let answers = child.stdout.take().map(OwnedFd::from);

@@ -129,7 +129,7 @@ impl StartedSuccessor {
     pub(crate) fn start(launch: &Launch) -> io::Result<StartedSuccessor> {
         let role = Role::Successor { incumbent: std::process::id() };
         if is_child_of_supervisor() {
-            match courtesy::at_length(|| start(launch, role, spawn_sibling)) {
+            match courtesy::starting(|| start(launch, role, spawn_sibling)) {
                 Ok((pid, pidfd)) => {
                     return Ok(StartedSuccessor { started: Some(Started::Sibling(to_pid(pid)?)), pidfd });
                 }
@@ -137,7 +137,7 @@ impl StartedSuccessor {
                 Err(error) => tracing::debug!(%error, "no sibling can be started"),
             }
         }
-        let pid = to_pid(courtesy::at_length(|| start(launch, role, spawn))?)?;
+        let pid = to_pid(courtesy::starting(|| start(launch, role, spawn))?)?;
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => Ok(StartedSuccessor { started: Some(Started::Child(pid)), pidfd }),
             Err(error) => {
