@@ -7,6 +7,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc;
 use std::thread;
 
+use heirloom_proxy::Report;
 use heirloom_proxy::address::Address;
 use support::*;
 
@@ -74,6 +75,34 @@ fn what_is_in_a_pipe_travels_and_half_closed_connections_stay_so() {
     assert_eq!(heard.len(), 32 << 20);
     assert!(heard.iter().enumerate().all(|(n, byte)| *byte == ((n % (1 << 20)) % 251) as u8));
     wait_until(&engine, "it has ended", |report| report.connections == 0 && report.pipes_in_use == 0);
+}
+
+/// Their source says nothing more, and nobody tells that there is room for them.
+#[test]
+fn the_last_bytes_travel_in_a_pipe_and_are_passed_on() {
+    const CHUNK: usize = 16 * 1024;
+    let (sender, receiver) = mpsc::channel();
+    let to = backend(move |stream| sender.send(stream).unwrap());
+    let mut engine = fresh(simple(&[to], ""));
+    let mut client = connect(address(&engine));
+    let mut server: TcpStream = receiver.recv_timeout(LONG).unwrap();
+    let mut written = 0;
+    while engine.report().pipes_in_use == 0 {
+        server.write_all(&[7; CHUNK]).unwrap();
+        written += CHUNK;
+        let is_passed_on = |report: &Report| report.backends[0].down_bytes == written as u64;
+        wait_until(&engine, "it is passed on or held up", |report| {
+            is_passed_on(report) || report.pipes_in_use == 1
+        });
+    }
+    for threads in [3, 1] {
+        let mut config = simple(&[to], "");
+        config.threads = std::num::NonZeroUsize::new(threads);
+        engine = hand_over(engine, config, || {});
+    }
+    let mut heard = vec![0; written];
+    client.read_exact(&mut heard).unwrap();
+    assert!(heard.iter().all(|&byte| byte == 7));
 }
 
 #[test]
