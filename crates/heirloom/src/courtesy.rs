@@ -4,8 +4,8 @@
 //! Linux lets a thread run on for some milliseconds when others become ready, on the processor that they last had. A thread that
 //! [gives way](give_way) instead works in [steps](step) of some microseconds, after each of which whoever waits for its
 //! processor goes first, here or in another process. Its share of the processors stays what it is: it is never starved. What it may
-//! wait at once is a slice of 10 ms for each other thread that wants its processor. The programs that it starts begin as it is. Meanwhile,
-//! where there are at most four processors, a thread on each, called `reminder`, has the kernel look after who waits, for 5 ms.
+//! wait at once is a slice of 10 ms for each other thread that wants its processor. The programs that it starts begin as it is; while
+//! one does, and if there are at most four processors, a thread on each (called `reminder`) has the kernel look who waits, for 5 ms.
 //!
 //! Nothing gives way by itself: a program that serves in other threads than that of its control socket may ask for it there, and has
 //! to [take its turn](take_turns) as any other from just before its freeze. It takes no privileges. Before Linux 6.12 only the
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use heirloom_sys::{set_time_slice, time_slice};
 
 mod reminder;
+
 /// The time slice of a thread that works in steps: the shorter, the less it loses by letting others go first.
 const IN_STEPS: Duration = Duration::from_micros(100);
 /// The time slice of one that does something long that is no step: whatever becomes ready goes first. It is not longer than such
