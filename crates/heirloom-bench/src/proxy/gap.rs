@@ -7,7 +7,7 @@ use crate::process::Process;
 use crate::proxy::Backend;
 use crate::proxy::comparison::Comparison;
 use crate::proxy::contender::Contender;
-use crate::proxy::running::{Cause, Running};
+use crate::proxy::running::{Cause, MOST_ASKED, Running};
 use crate::proxy::sampling::Task;
 
 const CONNECTIONS: [usize; 4] = [10, 100, 1000, 6000];
@@ -15,6 +15,8 @@ const CONNECTIONS: [usize; 4] = [10, 100, 1000, 6000];
 const PATIENCE: Duration = Duration::from_secs(10);
 /// … and with the others, which keep it, has long begun to serve what is new.
 const WAIT: Duration = Duration::from_millis(300);
+/// How long the kernel has, after processes were reaped, to free what it knew of them.
+const SETTLE: Duration = Duration::from_millis(50);
 /// Around what is sampled.
 const MARGIN: Duration = Duration::from_millis(50);
 
@@ -78,14 +80,7 @@ impl Sampled {
 
     /// Once with a handover, once as long without, and once as long with a start.
     fn round(&mut self) -> anyhow::Result<()> {
-        let began = Instant::now();
-        self.clients.tell(&Task::Begin)?;
-        std::thread::sleep(MARGIN);
-        let wait = if self.contender.is_ours() { PATIENCE } else { WAIT };
-        self.proxy.hand_over(Cause::Reload, wait)?;
-        std::thread::sleep(MARGIN);
-        let watched = began.elapsed();
-        let with = self.end()?;
+        let (with, watched) = self.hand_over()?;
         self.clients.tell(&Task::Begin)?;
         std::thread::sleep(watched);
         let without = self.end()?;
@@ -101,6 +96,33 @@ impl Sampled {
         self.without.push(without);
         self.started.push(started);
         Ok(())
+    }
+
+    /// The longest wait with a handover, and how long it was watched. Nothing is looked at meanwhile that would take time from who
+    /// takes part.
+    fn hand_over(&mut self) -> anyhow::Result<(f64, Duration)> {
+        for _ in 0..MOST_ASKED {
+            let handover = self.proxy.prepare(Cause::Reload)?;
+            let began = Instant::now();
+            self.clients.tell(&Task::Begin)?;
+            std::thread::sleep(MARGIN);
+            self.proxy.ask(&handover)?;
+            if self.contender.is_ours() {
+                handover.is_over(PATIENCE)?;
+            } else {
+                std::thread::sleep(WAIT);
+            }
+            std::thread::sleep(MARGIN);
+            let watched = began.elapsed();
+            let with = self.end()?;
+            let has_begun = self.proxy.has_begun(&handover)?;
+            std::thread::sleep(SETTLE);
+            if has_begun {
+                return Ok((with, watched));
+            }
+            self.proxy.say_not_heeded();
+        }
+        anyhow::bail!("{} has not handed over", self.contender.name())
     }
 
     fn end(&mut self) -> anyhow::Result<f64> {

@@ -8,12 +8,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_child_subreaper, wait};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// How often the keeper looks for children that have ended.
-const REAP_EVERY: Duration = Duration::from_millis(20);
+use crate::process::{say, told};
 
 /// Keeps this process, and what it starts, on one processor.
 pub(crate) fn stay_on(cpu: Option<usize>) -> anyhow::Result<()> {
@@ -25,7 +23,8 @@ pub(crate) fn stay_on(cpu: Option<usize>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The keeper: starts the command, whose output goes into the file, and ends it and all that came of it when standard input ends.
+/// The keeper: starts the command, whose output goes into the file, reaps what has ended for each line of standard input, and ends
+/// it and all that came of it when that ends.
 pub(crate) fn keep(cpu: Option<usize>, log: &Path, command: &[OsString]) -> anyhow::Result<()> {
     stay_on(cpu)?;
     let own = std::process::id();
@@ -41,10 +40,11 @@ pub(crate) fn keep(cpu: Option<usize>, log: &Path, command: &[OsString]) -> anyh
         .stderr(log)
         .spawn()
         .with_context(|| format!("cannot start {}", program.display()))?;
-    let stdin = std::io::stdin();
-    let every = Timespec::try_from(REAP_EVERY)?;
-    while poll(&mut [PollFd::new(&stdin, PollFlags::IN)], Some(&every))? == 0 {
+    // Those that have ended are reaped when we are told to, and not while something is measured: where somebody has looked at what
+    // all processes have open, the kernel forgets thousands of entries of /proc then.
+    while told::<()>()?.is_some() {
         reap();
+        say(&())?;
     }
     loop {
         let left = descendants(std::process::id());

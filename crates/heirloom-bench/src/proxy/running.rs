@@ -21,7 +21,7 @@ const START_WITHIN: Duration = Duration::from_secs(5);
 /// How long nginx may take to begin with an upgrade; it ignores some requests.
 const HEED_WITHIN: Duration = Duration::from_secs(1);
 /// How often a reload is asked for: HAProxy misses the signal now and then, when it has just started.
-const MOST_ASKED: u32 = 3;
+pub(crate) const MOST_ASKED: u32 = 3;
 /// Between two looks at what processes there are.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -43,6 +43,30 @@ pub(crate) enum Cause {
     Reload,
     /// A new program.
     Upgrade,
+}
+
+/// A handover that is about to be asked for, and then goes on.
+pub(crate) struct Handover {
+    cause: Cause,
+    before: Vec<Pid>,
+    /// The process that is asked.
+    master: Pid,
+    /// Those that are to end.
+    leaving: Vec<OwnedFd>,
+}
+
+impl Handover {
+    /// Whether all processes that are to end have ended, or do within this time.
+    pub(crate) fn is_over(&self, within: Duration) -> anyhow::Result<bool> {
+        let give_up = Instant::now() + within;
+        for process in &self.leaving {
+            let left = Timespec::try_from(give_up.saturating_duration_since(Instant::now()))?;
+            if poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&left))? == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
 }
 
 /// What came of a handover.
@@ -128,59 +152,79 @@ impl Running {
 
     /// Has it hand over, and waits as long for the end of the process before.
     pub(crate) fn hand_over(&mut self, cause: Cause, at_most: Duration) -> anyhow::Result<HandedOver> {
-        let before = self.processes();
-        let master = self.master(&before)?;
-        let upgrades_master = cause == Cause::Upgrade && self.contender.is_nginx();
-        let leaving: Vec<OwnedFd> = match self.contender {
-            Contender::Heirloom | Contender::HeirloomPinned => before.clone(),
-            _ if upgrades_master => self.current.clone(),
-            // The master stays.
-            _ => self.current.iter().copied().filter(|&process| process != master).collect(),
-        }
-        .into_iter()
-        .filter_map(|process| pidfd_open(process, PidfdFlags::empty()).ok())
-        .collect();
+        let handover = self.prepare(cause)?;
         let mut asked = Instant::now();
-        self.ask(cause, master)?;
+        self.ask(&handover)?;
         if !self.contender.is_ours() {
-            let (newcomers, within) = match upgrades_master {
+            let (newcomers, within) = match self.upgrades_master(cause) {
                 true => (self.contender.processes(self.threads), HEED_WITHIN),
                 false => (self.contender.processes(self.threads) - 1, START_WITHIN),
             };
             let mut times = 1;
             loop {
                 std::thread::sleep(LOOK_EVERY);
-                if self.newcomers(&before).len() >= newcomers {
+                if self.newcomers(&handover).len() >= newcomers {
                     break;
                 }
                 if asked.elapsed() > within {
-                    if upgrades_master {
+                    if self.upgrades_master(cause) {
                         return Ok(HandedOver::Ignored);
                     }
                     if times == MOST_ASKED {
                         bail!("{} starts no successor: {}", self.contender.name(), self.said());
                     }
-                    eprintln!(
-                        "{} has not heeded a request to reload: it is asked again",
-                        self.contender.name()
-                    );
+                    self.say_not_heeded();
                     times += 1;
                     asked = Instant::now();
-                    self.ask(cause, master)?;
+                    self.ask(&handover)?;
                 }
             }
-            if upgrades_master {
-                kill_process(master, Signal::QUIT)?;
+            if self.upgrades_master(cause) {
+                kill_process(handover.master, Signal::QUIT)?;
             }
         }
-        let gone = all_end(&leaving, at_most.saturating_sub(asked.elapsed()))?;
+        let gone = handover.is_over(at_most.saturating_sub(asked.elapsed()))?;
         let took = asked.elapsed();
-        let newcomers = self.newcomers(&before);
-        if newcomers.is_empty() {
+        if !self.has_begun(&handover)? {
             bail!("{} has not handed over: {}", self.contender.name(), self.said());
         }
-        self.current = newcomers;
         Ok(if gone { HandedOver::In(took) } else { HandedOver::Not })
+    }
+
+    /// What there is before it is asked to hand over.
+    pub(crate) fn prepare(&self, cause: Cause) -> anyhow::Result<Handover> {
+        let before = self.processes();
+        let master = self.master(&before)?;
+        let leaving = match self.contender {
+            Contender::Heirloom | Contender::HeirloomPinned => before.clone(),
+            _ if self.upgrades_master(cause) => self.current.clone(),
+            // The master stays.
+            _ => self.current.iter().copied().filter(|&process| process != master).collect(),
+        }
+        .into_iter()
+        .filter_map(|process| pidfd_open(process, PidfdFlags::empty()).ok())
+        .collect();
+        Ok(Handover { cause, before, master, leaving })
+    }
+
+    /// Whether the process that is to come is there. Those that have gone are reaped.
+    pub(crate) fn has_begun(&mut self, handover: &Handover) -> anyhow::Result<bool> {
+        let newcomers = self.newcomers(handover);
+        self.keeper.tell(&())?;
+        self.keeper.said::<()>()?;
+        if newcomers.is_empty() {
+            return Ok(false);
+        }
+        self.current = newcomers;
+        Ok(true)
+    }
+
+    pub(crate) fn say_not_heeded(&self) {
+        eprintln!("{} has not heeded a request to reload: it is asked again", self.contender.name());
+    }
+
+    fn upgrades_master(&self, cause: Cause) -> bool {
+        cause == Cause::Upgrade && self.contender.is_nginx()
     }
 
     /// Since when the one that serves does, if it tells.
@@ -211,8 +255,9 @@ impl Running {
             .with_context(|| format!("{} has ended: {}", self.contender.name(), self.said()))
     }
 
-    fn ask(&self, cause: Cause, master: Pid) -> anyhow::Result<()> {
-        match (self.contender, cause) {
+    pub(crate) fn ask(&self, handover: &Handover) -> anyhow::Result<()> {
+        let master = handover.master;
+        match (self.contender, handover.cause) {
             (Contender::Heirloom | Contender::HeirloomPinned, Cause::Upgrade) => {
                 let status = Command::new(self.contender.program().map_err(anyhow::Error::msg)?)
                     .args(["upgrade", "--control"])
@@ -235,9 +280,9 @@ impl Running {
         Ok(())
     }
 
-    fn newcomers(&self, before: &[Pid]) -> Vec<Pid> {
+    fn newcomers(&self, handover: &Handover) -> Vec<Pid> {
         let mut now = self.processes();
-        now.retain(|process| !before.contains(process));
+        now.retain(|process| !handover.before.contains(process));
         now
     }
 
@@ -256,14 +301,3 @@ fn answers(address: SocketAddr) -> bool {
     connect(address).is_ok_and(|connection| exchange(&connection).is_ok())
 }
 
-/// Whether all of these processes have ended, or do within this time.
-fn all_end(processes: &[OwnedFd], within: Duration) -> anyhow::Result<bool> {
-    let give_up = Instant::now() + within;
-    for process in processes {
-        let left = Timespec::try_from(give_up.saturating_duration_since(Instant::now()))?;
-        if poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&left))? == 0 {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
