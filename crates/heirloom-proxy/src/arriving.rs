@@ -20,7 +20,7 @@ pub(crate) struct Dormant {
 }
 
 /// All that is known of them before they are this process's own, made while nobody waits for it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Sleepers {
     connections: KeyMap<Sleeper>,
     /// The keys of all, and of some that have gone.
@@ -29,6 +29,12 @@ pub(crate) struct Sleepers {
 }
 
 impl Sleepers {
+    /// With room for so many: to make more of it later has all of them moved at once.
+    pub(crate) fn with_capacity(count: usize) -> Sleepers {
+        let connections = KeyMap::with_capacity_and_hasher(count, Default::default());
+        Sleepers { connections, keys: Vec::with_capacity(count), urgent: Vec::new() }
+    }
+
     pub(crate) fn insert(&mut self, key: Key, sleeper: Sleeper) {
         if sleeper.urgent {
             self.urgent.push(key);

@@ -20,6 +20,8 @@ use crate::shared::Shared;
 
 /// How many connections are looked at before a loop goes on.
 const AT_ONCE: usize = 64;
+/// How many items are put in their place in a step.
+const SORTED: usize = 512;
 
 /// A proxy that serves in threads of its own. Dropped, it stops: the threads end, nothing is passed on any more, and no connection
 /// is shut down; they end with the process, unless a successor has them.
@@ -79,8 +81,14 @@ impl Engine {
         }
         // Those of each loop are in order by now, which makes this cheap.
         items.sort_by_key(|(entry, _)| entry.id);
-        let (entries, lent): (Vec<_>, Vec<_>) = items.into_iter().unzip();
-        self.lent = Some(entries.iter().map(|entry| entry.id).zip(lent).collect());
+        courtesy::next_step();
+        let (mut entries, mut lent) = (Vec::with_capacity(items.len()), BTreeMap::new());
+        for (done, (entry, descriptor)) in items.into_iter().enumerate() {
+            lent.insert(entry.id, descriptor);
+            entries.push(entry);
+            courtesy::step(done, SORTED);
+        }
+        self.lent = Some(lent);
         let state = ServiceState::of(&self.shared.table, self.rates.samples().to_vec());
         Base {
             state: Some(encode(&state)),

@@ -128,7 +128,7 @@ impl Prepared {
     ///
     /// It could not.
     pub fn check(self, base: &Base) -> Result<(), EngineError> {
-        self.consider(base.state.as_deref(), base.items.iter()).map(drop)
+        self.consider(base.state.as_deref(), base.items.len(), base.items.iter()).map(drop)
     }
 
     /// Registers a socket of an offer with the poller of its loop, for reading. What is none is left alone.
@@ -153,12 +153,13 @@ impl Prepared {
     ///
     /// An address cannot be had, or the state cannot be read.
     pub fn offer(self, bundle: &Bundle) -> Result<Ready, EngineError> {
-        self.consider(bundle.encoded_state(), bundle.entries())
+        self.consider(bundle.encoded_state(), bundle.len(), bundle.entries())
     }
 
     fn consider<'e>(
         mut self,
         state: Option<&[u8]>,
+        count: usize,
         entries: impl Iterator<Item = &'e Entry>,
     ) -> Result<Ready, EngineError> {
         let state: ServiceState = match state {
@@ -181,7 +182,9 @@ impl Prepared {
         let mut doors = BTreeMap::new();
         let mut otherwise_written = Vec::new();
         let mut free: BTreeSet<usize> = (0..self.config.listeners.len()).collect();
-        let mut sleepers: Vec<Sleepers> = self.polls.iter().map(|_| Sleepers::default()).collect();
+        // A connection has two items, mostly.
+        let each = count / 2 / self.polls.len() + 1;
+        let mut sleepers: Vec<Sleepers> = self.polls.iter().map(|_| Sleepers::with_capacity(each)).collect();
         for (done, entry) in entries.enumerate() {
             courtesy::step(done, AT_ONCE);
             if entry.name == LISTENER {

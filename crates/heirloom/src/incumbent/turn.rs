@@ -24,6 +24,9 @@ use crate::manifest::{Base, Delta, Encoded, Listing, ManifestError, ServiceRecor
 use crate::protocol::Reason;
 use crate::transport::socket::takeover::{Offered, Want};
 
+/// How many entries are freed in a step.
+const DROPPED: usize = 1024;
+
 /// What the program has to do next.
 ///
 /// ```
@@ -179,7 +182,12 @@ impl<A> Offer<'_, A> {
         match &self.audience {
             Audience::Successor => {
                 let encoded = base.encode(&incumbent.config.limits);
-                incumbent.offer(encoded, base.items.iter().map(|entry| entry.id).collect())
+                let begun = incumbent.offer(encoded, base.items.iter().map(|entry| entry.id).collect());
+                for (done, entry) in base.items.into_iter().enumerate() {
+                    drop(entry);
+                    courtesy::step(done, DROPPED);
+                }
+                begun
             }
             Audience::Preflight => incumbent.check(base),
             Audience::Inspectors(who) => incumbent.show_manifest(who, &base),

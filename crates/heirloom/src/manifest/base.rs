@@ -6,8 +6,8 @@ use minicbor::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Delta, Encoded, Listing, ManifestError, Part, check_entries, check_order, encode_part, name_within,
-    shortened, state_within, within,
+    Delta, Encoded, Listing, ManifestError, Part, check_entries, check_order, encode_part, list,
+    name_within, shortened, state_within, within,
 };
 use crate::{Entry, ItemId, Limits};
 
@@ -49,7 +49,7 @@ pub(crate) struct Written<'a> {
     pub(crate) service: &'a ServiceRecord,
     #[cbor(n(1), with = "minicbor::bytes")]
     pub(crate) state: Option<&'a [u8]>,
-    #[n(2)]
+    #[cbor(n(2), encode_with = "list::encode")]
     pub(crate) items: Vec<&'a Entry>,
     #[n(3)]
     pub(crate) next_id: u64,

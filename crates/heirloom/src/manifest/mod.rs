@@ -203,15 +203,29 @@ pub enum ManifestError {
 /// Decodes a list, and gives up as soon as it is longer than the limit: an entry is larger in memory than its
 /// shortest form on the wire.
 mod list {
-    use minicbor::{Decode, Decoder, decode::Error};
+    use minicbor::encode::{self, Write};
+    use minicbor::{Decode, Decoder, Encode, Encoder, decode::Error};
 
     use super::within;
     use crate::{Limits, courtesy};
 
     /// Bytes in the shortest map that is an element. A list of bare ids may have more elements, and grows.
     const SHORTEST: usize = 3;
-    /// How many elements are decoded in a step.
-    const DECODED: usize = 256;
+    /// How many elements are encoded or decoded in a step.
+    const AT_ONCE: usize = 256;
+
+    pub(super) fn encode<C, T: Encode<C>, W: Write>(
+        list: &[T],
+        e: &mut Encoder<W>,
+        ctx: &mut C,
+    ) -> Result<(), encode::Error<W::Error>> {
+        e.array(list.len() as u64)?;
+        for (done, element) in list.iter().enumerate() {
+            element.encode(e, ctx)?;
+            courtesy::step(done + 1, AT_ONCE);
+        }
+        Ok(())
+    }
 
     pub(super) fn decode<'b, C, T>(d: &mut Decoder<'b>, ctx: &mut C) -> Result<Vec<T>, Error>
     where
@@ -227,7 +241,7 @@ mod list {
             let of = || "the length of a list in the manifest".into();
             within(of, "items", list.len().saturating_add(1), limit).map_err(Error::custom)?;
             list.push(element?);
-            courtesy::step(list.len(), DECODED);
+            courtesy::step(list.len(), AT_ONCE);
         }
         Ok(list)
     }

@@ -10,12 +10,15 @@ use std::{
 };
 
 use rustix::{
-    buffer::spare_capacity,
     fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, memfd_create},
     io::{Errno, pread, pwrite},
 };
 
 use super::{ManifestError, within};
+use crate::courtesy;
+
+/// Bytes that are written or read in a step.
+const AT_ONCE: usize = 64 * 1024;
 
 /// After these nobody can change contents, size or seals. See `F_ADD_SEALS` in fcntl(2).
 const SEALS: SealFlags =
@@ -46,11 +49,15 @@ pub fn seal(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     };
     let mut written = 0;
     while written < bytes.len() {
-        match pwrite(&memfd, &bytes[written..], written as u64) {
+        let end = bytes.len().min(written + AT_ONCE);
+        match pwrite(&memfd, &bytes[written..end], written as u64) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => written += n,
             Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
+        }
+        if written < bytes.len() {
+            courtesy::next_step();
         }
     }
     fcntl_add_seals(&memfd, SEALS)?;
@@ -77,12 +84,17 @@ pub fn read_sealed(memfd: impl AsFd, limit: usize) -> Result<Vec<u8>, ManifestEr
     let size = usize::try_from(size).unwrap_or(usize::MAX);
     within(|| "the size of the manifest's memfd".into(), "manifest_bytes", size, limit)?;
     let mut bytes = Vec::with_capacity(size);
-    while bytes.len() < size {
-        let at = bytes.len() as u64;
-        match pread(memfd, spare_capacity(&mut bytes), at) {
+    let mut read = 0;
+    while read < size {
+        bytes.resize(size.min(read + AT_ONCE), 0);
+        match pread(memfd, &mut bytes[read..], read as u64) {
             Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-            Ok(_) | Err(Errno::INTR) => {}
+            Ok(n) => read += n,
+            Err(Errno::INTR) => {}
             Err(e) => return Err(io::Error::from(e).into()),
+        }
+        if read < size {
+            courtesy::next_step();
         }
     }
     Ok(bytes)

@@ -1,6 +1,7 @@
 //! The items of a base while their descriptors arrive: each finds the place of its entry, and is lent at once. That they are
 //! what their entries say is checked when all are there, so that nothing but their registration is on their way.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -58,18 +59,19 @@ impl Arriving {
 
     /// The bundle of what has come and was checked, and the entries of what has not.
     pub(crate) fn finish(self) -> Result<(Bundle, Vec<Entry>), BundleError> {
-        let (mut items, mut missing) = (Vec::with_capacity(self.listing.len()), Vec::new());
+        let (mut items, mut missing) = (BTreeMap::new(), Vec::new());
         for (place, descriptor) in self.descriptors.into_iter().enumerate() {
             courtesy::step(place, CHECKED);
             let entry = self.listing.entry(place)?;
             match descriptor {
                 Some(descriptor) => {
                     let kind = checked_kind(entry, &descriptor)?;
-                    items.push((entry.id, Item { entry: EntryRef { kind, ..entry }.to_entry(), descriptor }));
+                    let entry = EntryRef { kind, ..entry }.to_entry();
+                    items.insert(entry.id, Item { entry, descriptor });
                 }
                 None => missing.push(entry.to_entry()),
             }
         }
-        Ok((Bundle::of_items(self.listing.into_rest(), items.into_iter().collect()), missing))
+        Ok((Bundle::of_items(self.listing.into_rest(), items), missing))
     }
 }
