@@ -29,7 +29,7 @@ const FLUSH_IN_PLACE_WITHIN: Duration = Duration::from_millis(100);
 /// The same while nobody serves.
 const FLUSH_FROZEN_WITHIN: Duration = Duration::from_millis(20);
 /// How long in all the end of a process that was replaced waits for those that serve, on a busy machine.
-const LEAVE_PATIENCE: Duration = Duration::from_millis(3);
+const LEAVE_PATIENCE: Duration = Duration::from_millis(20);
 
 pub(super) struct Server {
     poll: Poll,
