@@ -8,7 +8,7 @@ use heirloom::{Bundle, Kind};
 
 use crate::connection::{Connection, Sides, Stage};
 use crate::flow::Flow;
-use crate::handover::{CONNECTING, ConnectionState, FlowState, RELAYING};
+use crate::handover::{CONNECTING, ConnectionState, FlowState, Moved, RELAYING};
 use crate::id::{Key, KeyMap};
 use crate::pipes::Pipe;
 use crate::socket::Socket;
@@ -45,6 +45,18 @@ impl Sleepers {
 
     pub(crate) fn remove(&mut self, key: Key) -> Option<Sleeper> {
         self.connections.remove(&key)
+    }
+
+    /// Takes in how much a connection has moved by now. Whether there is one.
+    pub(crate) fn update(&mut self, moved: Moved) -> bool {
+        let key = moved.key();
+        let Some(sleeper) = self.connections.get_mut(&key) else { return false };
+        moved.apply(&mut sleeper.state);
+        // What came since it was registered is told.
+        if !sleeper.registered && !std::mem::replace(&mut sleeper.urgent, true) {
+            self.urgent.push(key);
+        }
+        true
     }
 }
 

@@ -12,7 +12,7 @@ use heirloom::{ItemId, courtesy};
 use crate::clock;
 use crate::config::Config;
 use crate::event_loop::EventLoop;
-use crate::handover::{Items, Lent, ServiceState, Snapshot, TrafficState, door_item, encode};
+use crate::handover::{Items, Lent, Moved, ServiceState, Snapshot, TrafficState, door_item, encode};
 use crate::rates::Rates;
 use crate::ready::LoopThread;
 use crate::report::Report;
@@ -89,7 +89,7 @@ impl Engine {
             courtesy::step(done, SORTED);
         }
         self.lent = Some(lent);
-        let state = ServiceState::of(&self.shared.table, self.rates.samples().to_vec());
+        let state = ServiceState::of(&self.shared.table, self.rates.samples().to_vec(), Vec::new());
         Base {
             state: Some(encode(&state)),
             items: entries,
@@ -216,11 +216,16 @@ impl Frozen<'_> {
     /// What has changed since the offer.
     pub fn delta(&mut self) -> Delta {
         let (mut changed, mut ended, mut added) = (Vec::new(), Vec::new(), Vec::new());
+        let mut moved = Vec::new();
         for state in &mut self.states {
             let (touched, gone) = state.changes();
             ended.extend(gone.into_iter().flat_map(|key| [key.first(), key.second()]));
             for key in touched {
                 let Some(connection) = state.connections.get(&key) else { continue };
+                if let Some(only) = Moved::of(key, connection) {
+                    moved.push(only);
+                    continue;
+                }
                 let snapshot = Snapshot::of(key, connection, Some(&self.shared.keys));
                 if connection.offered {
                     let (id, state) = snapshot.changed(&mut added);
@@ -235,7 +240,7 @@ impl Frozen<'_> {
         ended.sort_unstable();
         let (added, lent): (Vec<_>, Vec<_>) = added.into_iter().unzip();
         self.lent.extend(added.iter().map(|entry| entry.id).zip(lent));
-        let state = ServiceState::of(&self.shared.table, self.rates.samples().to_vec());
+        let state = ServiceState::of(&self.shared.table, self.rates.samples().to_vec(), moved);
         Delta {
             state: Some(encode(&state)),
             changed,

@@ -27,7 +27,7 @@ use crate::error::EngineError;
 use crate::event_loop::{self, EventLoop, WAKE};
 use crate::gate::Gate;
 use crate::handover::{
-    BACKEND, CLIENT, ConnectionState, DoorState, LISTENER, RELAYING, ServiceState, decode,
+    BACKEND, CLIENT, ConnectionState, DoorState, LISTENER, Moved, RELAYING, ServiceState, decode,
 };
 use crate::id::{Key, KeyMap, Keys, token};
 use crate::plan::Plan;
@@ -72,6 +72,16 @@ impl Homes {
     pub(crate) fn of(&mut self, key: Key, loops: usize) -> usize {
         let next = self.0.len() % loops;
         *self.0.entry(key).or_insert(next)
+    }
+
+    /// Takes in how much connections have moved by now.
+    pub(crate) fn update(&mut self, sleepers: &mut [Sleepers], moved: Vec<Moved>) -> Result<(), String> {
+        let loops = sleepers.len();
+        let unknown = moved.into_iter().find(|&one| !sleepers[self.of(one.key(), loops)].update(one));
+        match unknown {
+            Some(_) => Err("a connection has moved that is not there".into()),
+            None => Ok(()),
+        }
     }
 }
 
@@ -162,7 +172,7 @@ impl Prepared {
         count: usize,
         entries: impl Iterator<Item = &'e Entry>,
     ) -> Result<Ready, EngineError> {
-        let state: ServiceState = match state {
+        let mut state: ServiceState = match state {
             Some(state) => decode(state, "the proxy").map_err(EngineError::State)?,
             None => ServiceState::default(),
         };
@@ -207,6 +217,8 @@ impl Prepared {
                 sleepers[self.homes.of(key, self.polls.len())].insert(key, sleeper);
             }
         }
+        let moved = mem::take(&mut state.moved);
+        self.homes.update(&mut sleepers, moved).map_err(EngineError::State)?;
         for (id, address) in otherwise_written {
             // `localhost:80` is where `127.0.0.1:80` was: it could not be bound.
             let Ok(address) = Address::to_listen(address) else { continue };

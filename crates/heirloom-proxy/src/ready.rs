@@ -110,7 +110,7 @@ impl Ready {
             let sleeper = Sleeper { state, registered, urgent };
             self.sleepers[self.homes.of(key, count)].insert(key, sleeper);
         }
-        Ok(())
+        self.homes.update(&mut self.sleepers, mem::take(&mut self.state.moved)).map_err(EngineError::State)
     }
 
     /// Serves. The bundle is this process's own by now.

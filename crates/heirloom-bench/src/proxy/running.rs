@@ -300,4 +300,3 @@ impl Running {
 fn answers(address: SocketAddr) -> bool {
     connect(address).is_ok_and(|connection| exchange(&connection).is_ok())
 }
-

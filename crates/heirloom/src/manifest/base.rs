@@ -6,8 +6,8 @@ use minicbor::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Delta, Encoded, Listing, ManifestError, Part, check_entries, check_order, encode_part, list,
-    name_within, shortened, state_within, within,
+    Delta, Encoded, Listing, ManifestError, Part, check_entries, check_order, encode_part, list, name_within,
+    shortened, state_within, within,
 };
 use crate::{Entry, ItemId, Limits};
 
