@@ -16,6 +16,7 @@ mod door;
 mod engine;
 mod error;
 mod event_loop;
+mod fair;
 mod flow;
 mod gate;
 mod handover;

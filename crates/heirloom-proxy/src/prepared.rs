@@ -5,8 +5,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::{io, mem};
 
@@ -25,6 +25,7 @@ use crate::clock;
 use crate::config::{AccessLog, Config};
 use crate::error::EngineError;
 use crate::event_loop::{self, EventLoop, WAKE};
+use crate::fair::FairMutex;
 use crate::gate::Gate;
 use crate::handover::{
     BACKEND, CLIENT, ConnectionState, DoorState, LISTENER, Moved, RELAYING, ServiceState, decode,
@@ -267,7 +268,7 @@ impl Prepared {
             for (number, poll) in mem::take(&mut self.polls).into_iter().enumerate() {
                 let (shared, registry) = (Arc::clone(&threads.shared), poll.registry().try_clone()?);
                 let state = EventLoop::new(number, Arc::clone(&shared), registry, self.plan.pipes);
-                let state = Arc::new(Mutex::new(state));
+                let state = Arc::new(FairMutex::new(state));
                 let run = {
                     let state = Arc::clone(&state);
                     let processor = processors.next();

@@ -18,6 +18,7 @@ use crate::door::Door;
 use crate::engine::Engine;
 use crate::error::EngineError;
 use crate::event_loop::EventLoop;
+use crate::fair::FairMutex;
 use crate::handover::{CLIENT, ConnectionState, ServiceState, decode};
 use crate::id::{Key, token};
 use crate::prepared::{Homes, Places};
@@ -60,7 +61,7 @@ pub(crate) struct Threads {
 
 /// A thread, and the state of its loop.
 pub(crate) struct LoopThread {
-    pub(crate) state: Arc<Mutex<EventLoop>>,
+    pub(crate) state: Arc<FairMutex<EventLoop>>,
     /// Until it was waited for.
     pub(crate) thread: Option<JoinHandle<()>>,
 }

@@ -12,8 +12,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use heirloom::courtesy;
@@ -26,6 +26,7 @@ use crate::arriving::Dormant;
 use crate::clock::{self, Time, nanoseconds};
 use crate::connection::{Connection, How, Next, Stage, Told};
 use crate::door::Door;
+use crate::fair::FairMutex;
 use crate::id::{Key, KeyMap, Side, token};
 use crate::pipes::Pipes;
 use crate::shared::Shared;
@@ -74,7 +75,7 @@ pub(crate) struct EventLoop {
 }
 
 /// Runs a loop until the gate is abandoned, on this processor alone if there is one.
-pub(crate) fn run(mut poll: Poll, state: &Mutex<EventLoop>, shared: &Shared, processor: Option<usize>) {
+pub(crate) fn run(mut poll: Poll, state: &FairMutex<EventLoop>, shared: &Shared, processor: Option<usize>) {
     // Who has started this thread gives way.
     courtesy::take_turns();
     if let Some(Err(error)) = processor.map(stay_on) {
