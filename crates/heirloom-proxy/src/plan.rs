@@ -34,6 +34,27 @@ impl Plan {
     }
 }
 
+impl Config {
+    /// Whether there are enough descriptors for it if a process may have `limit` of them; one that may have fewer does not start.
+    ///
+    /// ```
+    /// use heirloom_proxy::Config;
+    ///
+    /// let config = "max_connections = 5000\nlistener = [{ listen = ':80', to = ['127.0.0.1:7'] }]";
+    /// let config = Config::parse(config, "web.toml")?;
+    /// assert!(config.fits(20_000).is_ok());
+    /// assert!(config.fits(1024).unwrap_err().to_string().contains("1024"));
+    /// # Ok::<_, heirloom_proxy::config::ConfigError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Descriptors`] says how many it needs.
+    pub fn fits(&self, limit: u64) -> Result<(), EngineError> {
+        Plan::new(self, limit.try_into().unwrap_or(usize::MAX)).map(drop)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

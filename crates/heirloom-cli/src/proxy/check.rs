@@ -23,6 +23,11 @@ pub(super) fn run(file: &Path) -> Result<Exit, Failure> {
     for warning in config.warnings() {
         writeln!(io::stderr(), "{}: warning: {warning}", file.display())?;
     }
+    // As a proxy does. A service may have another limit than this shell, so that this is no mistake in the file.
+    let _ = heirloom::descriptors::raise_limit();
+    if let Err(error) = config.fits(heirloom::descriptors::limit()) {
+        writeln!(io::stderr(), "{}: warning: started from here it would end: {error}", file.display())?;
+    }
     write!(io::stdout(), "{}", Summary(&config))?;
     Ok(Exit::Done)
 }
