@@ -1,4 +1,6 @@
-//! Connections that were taken over and have not moved since: each is woken by its first event, or in the quiet that follows.
+//! Connections that were taken over and have not moved since: each is woken by its first event, or in the quiet that follows. Those
+//! that are registered nowhere, as after an upgrade in place, have no event, and are woken without a pause, the ones that had moved
+//! last first.
 //!
 //! So the time between the last byte before a handover and the first after it does not depend on how many connections there are.
 
@@ -26,25 +28,30 @@ pub(crate) struct Sleepers {
     /// The keys of all, and of some that have gone.
     keys: Vec<Key>,
     urgent: Vec<Key>,
+    /// How many are registered nowhere, and are not urgent.
+    unheard: usize,
 }
 
 impl Sleepers {
     /// With room for so many: to make more of it later has all of them moved at once.
     pub(crate) fn with_capacity(count: usize) -> Sleepers {
         let connections = KeyMap::with_capacity_and_hasher(count, Default::default());
-        Sleepers { connections, keys: Vec::with_capacity(count), urgent: Vec::new() }
+        Sleepers { connections, keys: Vec::with_capacity(count), urgent: Vec::new(), unheard: 0 }
     }
 
     pub(crate) fn insert(&mut self, key: Key, sleeper: Sleeper) {
         if sleeper.urgent {
             self.urgent.push(key);
         }
+        self.unheard += usize::from(sleeper.is_unheard());
         self.keys.push(key);
         self.connections.insert(key, sleeper);
     }
 
     pub(crate) fn remove(&mut self, key: Key) -> Option<Sleeper> {
-        self.connections.remove(&key)
+        let removed = self.connections.remove(&key);
+        self.unheard -= usize::from(removed.as_ref().is_some_and(Sleeper::is_unheard));
+        removed
     }
 
     /// Takes in how much a connection has moved by now. Whether there is one.
@@ -53,7 +60,9 @@ impl Sleepers {
         let Some(sleeper) = self.connections.get_mut(&key) else { return false };
         moved.apply(&mut sleeper.state);
         // What came since it was registered is told.
-        if !sleeper.registered && !std::mem::replace(&mut sleeper.urgent, true) {
+        if sleeper.is_unheard() {
+            sleeper.urgent = true;
+            self.unheard -= 1;
             self.urgent.push(key);
         }
         true
@@ -69,6 +78,13 @@ pub(crate) struct Sleeper {
     pub(crate) registered: bool,
     /// It is in the middle of something, or is not registered: nobody tells what is to be done.
     pub(crate) urgent: bool,
+}
+
+impl Sleeper {
+    /// Whether nobody would tell if there was something to do now, and nobody looks.
+    fn is_unheard(&self) -> bool {
+        !self.registered && !self.urgent
+    }
 }
 
 /// What a sleeper has become.
@@ -89,6 +105,11 @@ impl Dormant {
 
     pub(crate) fn len(&self) -> usize {
         self.sleepers.connections.len()
+    }
+
+    /// Whether some would not be heard before they are woken.
+    pub(crate) fn has_unheard(&self) -> bool {
+        self.sleepers.unheard > 0
     }
 
     /// The next one that is still to be woken.
@@ -153,4 +174,40 @@ fn flow(bundle: &mut Bundle, state: &FlowState) -> Result<Flow, &'static str> {
         None => None,
     };
     Ok(Flow { pipe, held, ended, done, lost, moved, ..Flow::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handover::decode;
+
+    fn moved(key: Key) -> Moved {
+        // As it is written down: an array of the id, what went each way, and when.
+        let id = u8::try_from(key.first().0).unwrap();
+        assert!(id < 24);
+        decode(&[0x84, id, 1, 2, 3], "it").unwrap()
+    }
+
+    #[test]
+    fn only_those_that_nobody_would_hear_are_waited_for() {
+        let keys: Vec<Key> = [2, 4, 6, 8, 10].into_iter().map(|id| Key::of(heirloom::ItemId(id))).collect();
+        let mut sleepers = Sleepers::with_capacity(keys.len());
+        for (&key, (registered, urgent)) in
+            keys.iter().zip([(true, false), (true, true), (false, true), (false, false), (false, false)])
+        {
+            let state = ConnectionState { stage: RELAYING, ..ConnectionState::default() };
+            sleepers.insert(key, Sleeper { state, registered, urgent });
+        }
+        assert_eq!((sleepers.unheard, &sleepers.urgent[..]), (2, &keys[1..3]));
+        // One moves, so that it is looked at next; the others are as they were.
+        keys[..4].iter().for_each(|&key| assert!(sleepers.update(moved(key))));
+        assert_eq!((sleepers.unheard, &sleepers.urgent[..]), (1, &keys[1..4]));
+        assert_eq!(sleepers.connections[&keys[0]].state.up.moved, 1);
+        for &key in &keys {
+            assert!(sleepers.remove(key).is_some());
+            assert!(sleepers.remove(key).is_none());
+        }
+        assert_eq!(sleepers.unheard, 0);
+        assert!(!sleepers.update(moved(keys[0])));
+    }
 }

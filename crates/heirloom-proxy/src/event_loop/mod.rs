@@ -173,7 +173,7 @@ impl EventLoop {
             let Some(key) = self.due.pop_front() else { break };
             self.drive(key);
         }
-        if self.dormant.is_some() && self.wake_next <= self.now {
+        if self.has_unheard() || self.dormant.is_some() && self.wake_next <= self.now {
             self.wake_some();
             self.wake_next = self.now + nanoseconds(WAKE_EVERY);
         }
@@ -181,7 +181,7 @@ impl EventLoop {
     }
 
     fn patience(&mut self) -> Option<Duration> {
-        if self.more || !self.due.is_empty() {
+        if self.more || !self.due.is_empty() || self.has_unheard() {
             return Some(Duration::ZERO);
         }
         if self.dormant.is_some() {

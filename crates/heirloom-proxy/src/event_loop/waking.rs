@@ -29,6 +29,11 @@ impl EventLoop {
         self.dormant.is_some()
     }
 
+    /// Whether somebody may have something to say, and is not heard.
+    pub(super) fn has_unheard(&self) -> bool {
+        self.dormant.as_ref().is_some_and(Dormant::has_unheard)
+    }
+
     /// Takes over what is dormant.
     pub(crate) fn go_on_with(&mut self, mut dormant: Dormant) {
         let load = &self.shared.loops[self.number].load;
