@@ -1,7 +1,8 @@
 //! What a proxy hands over, as it is written down: its listeners, its connections, and the pipes that hold bytes.
 //!
 //! Of a connection the client's item has the state; the backend's socket and the pipes are found by their ids. Maps with integer
-//! keys: a newer version adds keys, an older one skips them.
+//! keys: a newer version adds keys, an older one skips them. Where there are many of a kind and each is small, it is an array, to
+//! the end of which a newer version adds.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -421,6 +422,9 @@ mod tests {
         let newer = [0xa2, 0x01, 0x07, 0x18, 0x63, 0x82, 0x01, 0x02];
         let read: ConnectionState = decode(&newer, "it").unwrap();
         assert_eq!(read, ConnectionState { backend: Some(7), ..ConnectionState::default() });
+        // An array with more at its end.
+        let read: Moved = decode(&[0x85, 7, 1, 2, 3, 4], "it").unwrap();
+        assert_eq!(read, Moved { id: 7, up: 1, down: 2, active: 3 });
     }
 
     #[test]

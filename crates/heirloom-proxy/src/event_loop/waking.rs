@@ -1,4 +1,5 @@
-//! How connections that were taken over begin to move: by their first event, or in the quiet that follows.
+//! How connections that were taken over begin to move: by their first event, or in the quiet that follows; at once where there can
+//! be no event.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
