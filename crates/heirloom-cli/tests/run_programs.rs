@@ -22,7 +22,8 @@ fn run(control: &Path, options: &[&str], command: &[&str]) -> Process {
     Process::start(&mut run)
 }
 
-/// The last value that a program has printed behind a word.
+/// The last value that a program has printed behind a word. It is read on a thread of its own: a line that was written before an
+/// answer was sent may come to be known after it.
 fn told(process: &Process, word: &str) -> Option<u32> {
     let said = process.stdout();
     let said = String::from_utf8_lossy(&said[..said.iter().rposition(|&b| b == b'\n')?]).into_owned();
@@ -103,12 +104,17 @@ fn a_python_server_keeps_its_connections_when_it_is_killed_restarted_and_upgrade
         })
         .collect();
     let ask_all = |clients: &mut Vec<Client>, run: &mut Process, pid: &mut u32, how: &str| {
-        for (client, number) in clients.iter_mut().zip(&numbers) {
+        let answered = clients.iter_mut().zip(&numbers).map(|(client, number)| {
             let [same, lines, by] = client.ask();
             assert_eq!((same, lines), (*number, 1), "{how}");
             assert_ne!(by, *pid, "{how}");
-        }
-        *pid = wait_told(run, "pid");
+            by
+        });
+        let answered: Vec<u32> = answered.collect();
+        let by = answered[0];
+        assert!(answered.iter().all(|&one| one == by), "{how}: by one process, not {answered:?}");
+        wait_for("its line", || told(run, "pid") == Some(by));
+        *pid = by;
         assert_eq!(told(run, "restored"), Some(CLIENTS as u32), "{how}");
     };
     for _ in 0..5 {
@@ -200,12 +206,17 @@ NGINX='3;' exec /usr/sbin/nginx -c "$1/nginx.conf"
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("it is nginx"), "{answer}");
     };
     get();
+    let mut master = wait_told(&mut run, "pid");
     for _ in 0..3 {
-        let master = told(&run, "pid").expect("a pid");
         let worker = proc::only_child(master);
         kill(master);
         kill(worker);
         get();
+        let killed = master;
+        wait_for("the next one's line", || {
+            master = told(&run, "pid").expect("the line of the one before");
+            master != killed
+        });
     }
     run.signal(Signal::TERM);
     run.wait();
