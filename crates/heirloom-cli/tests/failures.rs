@@ -376,7 +376,7 @@ fn a_successor_with_too_little_room_is_refused_with_the_numbers() {
     assert!(said.contains("18 are needed") && said.contains("ulimit -n"), "{said}");
     let last = status(&control).last_takeover.expect("one");
     assert_eq!((last.outcome.as_str(), last.peer_pid), ("refused", Some(successor.id())));
-    assert!(incumbent.stderr().contains("18 are needed"), "{}", incumbent.stderr());
+    wait_for("the incumbent's line", || incumbent.stderr().contains("18 are needed"));
     finish(&mut stream, &control, incumbent);
 }
 

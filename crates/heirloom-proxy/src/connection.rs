@@ -73,9 +73,17 @@ impl Sides {
     }
 
     pub(crate) fn set(&mut self, side: Side) {
+        *self.of(side) = true;
+    }
+
+    pub(crate) fn clear(&mut self, side: Side) {
+        *self.of(side) = false;
+    }
+
+    fn of(&mut self, side: Side) -> &mut bool {
         match side {
-            Side::Client => self.client = true,
-            Side::Backend => self.backend = true,
+            Side::Client => &mut self.client,
+            Side::Backend => &mut self.backend,
         }
     }
 }
@@ -84,6 +92,8 @@ impl Sides {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Told {
     pub(crate) readable: bool,
+    /// There is an [urgent byte](crate::urgent).
+    pub(crate) urgent: bool,
     /// The peer sends nothing more.
     pub(crate) ended: bool,
     pub(crate) writable: bool,
@@ -164,7 +174,9 @@ impl Connection {
     pub(crate) fn hear(&mut self, side: Side, told: Told) {
         let from = self.flow_from(side);
         from.readable |= told.readable || told.ended || told.failed;
-        from.may_end |= told.ended || told.failed;
+        from.urgent |= told.urgent;
+        from.ends |= told.ended;
+        from.may_fail |= told.failed;
         self.flow_from(side.other()).writable |= told.writable;
         if told.failed {
             self.failed.set(side);
@@ -174,7 +186,8 @@ impl Connection {
     /// Both flows are to be tried: nobody knows what their sockets would say.
     pub(crate) fn try_everything(&mut self) {
         for flow in [&mut self.up, &mut self.down] {
-            (flow.readable, flow.may_end, flow.writable) = (!flow.ended, !flow.ended, true);
+            let may = !flow.ended;
+            (flow.readable, flow.urgent, flow.may_fail, flow.writable) = (may, may, may, true);
         }
     }
 
@@ -262,6 +275,7 @@ mod tests {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::fs::{MemfdFlags, memfd_create, sendfile};
     use rustix::io::ioctl_fionread;
+    use rustix::net::{SendFlags, send};
 
     use super::*;
 
@@ -339,6 +353,41 @@ mod tests {
         let mut heard = Vec::new();
         backend.read_to_end(&mut heard).unwrap();
         assert_eq!(heard, b"bye");
+    }
+
+    #[test]
+    fn an_urgent_byte_stays_where_it_is_until_it_is_taken() {
+        let (mut connection, mut client, mut backend) = relayed_from_tcp();
+        let mut pipes = Pipes::new(4, 1);
+        connection.up.writable = true;
+        let into = connection.server.clone().unwrap();
+        let mut filled = 0;
+        while let Ok(count) = send(&into, &[7; 4096], SendFlags::empty()) {
+            filled += count;
+        }
+        send(&client, b"!", SendFlags::OOB).unwrap();
+        client.write_all(b"after").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let is_told = PollFlags::PRI | PollFlags::RDHUP;
+        wait_until(|| {
+            let mut polled = [PollFd::new(&connection.client, is_told)];
+            poll(&mut polled, Some(&Timespec::default())).unwrap() == 1
+                && polled[0].revents().contains(is_told)
+        });
+        let told = Told { readable: true, urgent: true, ended: true, ..Told::default() };
+        connection.hear(Side::Client, told);
+        for _ in 0..3 {
+            assert_eq!(connection.relay(0, &mut pipes), Next::Wait);
+            assert!(connection.up.waits_for_sink() && connection.up.pipe.is_none());
+            assert_eq!((connection.up.moved, connection.up.ended), (0, false));
+            connection.hear(Side::Backend, Told { writable: true, ..Told::default() });
+        }
+        backend.read_exact(&mut vec![0; filled]).unwrap();
+        assert_eq!(connection.relay(0, &mut pipes), Next::Wait);
+        let mut heard = Vec::new();
+        backend.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, b"!after");
+        assert_eq!((connection.up.moved, connection.up.done), (6, true));
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //! meaning: of a filling, that the source has nothing; of an emptying, that the sink takes no more. A flow without bytes has
 //! no pipe.
 //!
-//! A filling takes all that a TCP socket has, unless the pipe is full: if it cannot be, the EAGAIN is not asked for. (A UNIX socket may
-//! stop earlier, at a message that had descriptors.)
+//! A filling takes all that a TCP socket has, unless the pipe is full: if it cannot be, neither the EAGAIN is asked for nor the end
+//! of which the poller has told. (A UNIX socket may stop earlier, at a message that had descriptors; any at an
+//! [urgent byte](crate::urgent).)
 
 use std::os::fd::AsFd;
 
@@ -14,6 +15,7 @@ use rustix::pipe::{SpliceFlags, splice};
 
 use crate::pipes::{Pipe, Pipes};
 use crate::socket::Socket;
+use crate::urgent;
 
 /// How much is asked for at once; a pipe takes less.
 const MOST: usize = 1 << 20;
@@ -29,8 +31,12 @@ pub(crate) struct Flow {
     pub(crate) held: usize,
     /// The source may have something.
     pub(crate) readable: bool,
-    /// It may have ended behind what it has.
-    pub(crate) may_end: bool,
+    /// There may be an urgent byte in what it has.
+    pub(crate) urgent: bool,
+    /// It has ended behind what it has.
+    pub(crate) ends: bool,
+    /// It may have failed behind what it has.
+    pub(crate) may_fail: bool,
     /// The sink may take something.
     pub(crate) writable: bool,
     /// The source has ended.
@@ -62,13 +68,10 @@ impl Flow {
     /// Moves what can be moved.
     pub(crate) fn turn(&mut self, source: &Socket, sink: &Socket, pipes: &mut Pipes) -> Turned {
         for _ in 0..ROUNDS {
-            if self.done {
+            if self.done || self.waits_for_sink() {
                 return Turned::Waits;
             }
             if let Some(pipe) = &self.pipe {
-                if !self.writable {
-                    return Turned::Waits;
-                }
                 match splice_some(pipe.reader(), sink, self.held) {
                     Ok(count) if count > 0 => {
                         self.moved += count as u64;
@@ -95,32 +98,58 @@ impl Flow {
             }
             let Some(pipe) = pipes.take() else { return Turned::NoPipe };
             match splice_some(source, pipe.writer(), MOST) {
-                Ok(0) => {
-                    pipes.give(pipe);
-                    (self.ended, self.readable) = (true, false);
+                Ok(count) if count > 0 => {
+                    // What comes from now on is told: no need to ask whether there is more.
+                    let may_stop_earlier = !source.is_tcp() || self.urgent || self.may_fail;
+                    if pipe.has_room_beside(count) && !may_stop_earlier {
+                        (self.readable, self.ended) = (false, self.ends);
+                    }
+                    (self.pipe, self.held) = (Some(pipe), count);
                 }
-                Ok(count) => {
-                    // What comes from now on, be it the end, is told: no need to ask whether there is more.
-                    let has_all = source.is_tcp() && pipe.has_room_beside(count) && !self.may_end;
-                    (self.pipe, self.held, self.readable) = (Some(pipe), count, !has_all);
+                Ok(_) => {
+                    pipes.give(pipe);
+                    if source.is_tcp() && self.pass_on_urgent(source, sink, pipes) {
+                        continue;
+                    }
+                    (self.readable, self.ended) = (false, true);
+                }
+                Err(Errno::AGAIN) => {
+                    pipes.give(pipe);
+                    if self.urgent && self.pass_on_urgent(source, sink, pipes) {
+                        continue;
+                    }
+                    (self.readable, self.urgent, self.may_fail) = (false, false, false);
+                    return Turned::Waits;
                 }
                 Err(error) => {
                     pipes.give(pipe);
-                    match error {
-                        Errno::AGAIN => {
-                            (self.readable, self.may_end) = (false, false);
-                            return Turned::Waits;
-                        }
-                        Errno::INTR => {}
-                        _ => {
-                            (self.ended, self.readable) = (true, false);
-                            return Turned::SourceFailed;
-                        }
+                    if error != Errno::INTR {
+                        (self.readable, self.ended) = (false, true);
+                        return Turned::SourceFailed;
                     }
                 }
             }
         }
         Turned::More
+    }
+
+    /// Whether there is something for the sink, which takes no more for now.
+    pub(crate) fn waits_for_sink(&self) -> bool {
+        !self.writable && (self.pipe.is_some() || self.urgent)
+    }
+
+    /// Passes on the next byte by itself if it is urgent. Whether it is, and has to be before all others.
+    fn pass_on_urgent(&mut self, source: &Socket, sink: &Socket, pipes: &mut Pipes) -> bool {
+        match urgent::pass_on(source, sink) {
+            Ok(passed) => {
+                self.moved += u64::from(passed);
+                return passed;
+            }
+            Err(Errno::AGAIN) => (self.urgent, self.writable) = (true, false),
+            Err(Errno::INTR) => {}
+            Err(_) => self.lose(pipes),
+        }
+        true
     }
 
     /// The sink takes nothing any more.

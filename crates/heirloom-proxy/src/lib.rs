@@ -31,6 +31,7 @@ mod shared;
 mod socket;
 mod table;
 mod timers;
+mod urgent;
 
 pub use config::Config;
 pub use engine::{Engine, Frozen};

@@ -14,7 +14,7 @@ use heirloom::manifest::Base;
 use heirloom::runtime::mio::register;
 use heirloom::{Bundle, Entry, EntryRef, ItemId, courtesy};
 use heirloom_sys::SignalMask;
-use mio::{Interest, Poll, Waker};
+use mio::{Poll, Waker};
 use rustix::thread::{CpuSet, sched_getaffinity};
 
 use crate::access::AccessWriter;
@@ -34,6 +34,7 @@ use crate::id::{Key, KeyMap, Keys, token};
 use crate::plan::Plan;
 use crate::ready::{LoopThread, Ready, Threads, is_registered};
 use crate::shared::{Post, Shared};
+use crate::socket::READING;
 use crate::table::Table;
 
 /// How many sockets are registered, or connections made ready, in a step.
@@ -152,7 +153,7 @@ impl Prepared {
             return Ok(());
         }
         let poll = &self.polls[self.homes.of(Key::of(entry.id), self.polls.len())];
-        register(poll.registry(), descriptor, token(entry.id), Interest::READABLE)?;
+        register(poll.registry(), descriptor, token(entry.id), READING)?;
         self.registered.insert(entry.id);
         courtesy::step(self.registered.len(), AT_ONCE);
         Ok(())

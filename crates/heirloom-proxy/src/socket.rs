@@ -14,12 +14,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use heirloom::Kind;
+use mio::Interest;
 use rustix::io::Errno;
 use rustix::net::{
     self, AddressFamily, Shutdown, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
 
 use crate::address::{Address, Place};
+
+/// Whether there is something to read, be it [urgent](crate::urgent), or the end.
+pub(crate) const READING: Interest = Interest::READABLE.add(Interest::PRIORITY);
+/// The same, and whether it takes more.
+pub(crate) const BOTH: Interest = READING.add(Interest::WRITABLE);
 
 const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
 
@@ -55,6 +61,7 @@ impl Socket {
             Place::Unix(path) => {
                 let address = SocketAddrUnix::new(path)?;
                 let descriptor = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)?;
+                sockopt::set_socket_oobinline(&descriptor, true)?;
                 let begun = net::connect(&descriptor, &address);
                 (descriptor, false, begun)
             }
@@ -127,6 +134,7 @@ fn family(address: &SocketAddr) -> AddressFamily {
 }
 
 fn set(socket: impl AsFd, options: TcpOptions) -> io::Result<()> {
+    sockopt::set_socket_oobinline(&socket, true)?;
     if options.nodelay {
         sockopt::set_tcp_nodelay(&socket, true)?;
     }
@@ -140,6 +148,7 @@ fn set(socket: impl AsFd, options: TcpOptions) -> io::Result<()> {
 
 /// Sets what accepted sockets inherit. It is for listeners that are this process's own by now.
 pub(crate) fn set_inherited(listener: impl AsFd, options: TcpOptions) -> io::Result<()> {
+    sockopt::set_socket_oobinline(&listener, true)?;
     sockopt::set_tcp_nodelay(&listener, options.nodelay)?;
     sockopt::set_socket_keepalive(&listener, options.keepalive.is_some())?;
     match options.keepalive {
@@ -198,6 +207,10 @@ fn is_stale(path: &Path, address: &SocketAddrUnix) -> bool {
 pub(crate) fn accept(listener: impl AsFd, kind: Kind) -> io::Result<(Socket, Option<SocketAddr>)> {
     let (descriptor, from) = net::acceptfrom_with(listener, FLAGS)?;
     let tcp = kind == Kind::TcpListener;
+    if !tcp {
+        // A UNIX socket inherits nothing.
+        sockopt::set_socket_oobinline(&descriptor, true)?;
+    }
     let from = from.filter(|_| tcp).and_then(|from: SocketAddrAny| SocketAddr::try_from(from).ok());
     // At a socket of IPv6 that also takes IPv4.
     let from = from.map(|from| SocketAddr::new(from.ip().to_canonical(), from.port()));

@@ -26,6 +26,27 @@ pub fn never_sent(connection: impl AsFd) -> io::Result<usize> {
     Ok(queued(connection.as_fd(), libc::SIOCOUTQNSD as libc::Ioctl)? as usize)
 }
 
+/// Whether the next byte that will be read of a TCP connection is the urgent one: `SIOCATMARK` (`tcp(7)`; `sockatmark(3)`).
+///
+/// Changes nothing, and does not wait. It may be so before the byte has arrived: a read tells. Where urgent data is not in line
+/// (`SO_OOBINLINE`), a read leaves that byte out, and it is no longer so. Errors: `ENOTTY` for what is no socket, and for UNIX
+/// sockets before Linux 5.15.
+///
+/// ```
+/// use std::net::{TcpListener, TcpStream};
+///
+/// let listener = TcpListener::bind("127.0.0.1:0")?;
+/// let connection = TcpStream::connect(listener.local_addr()?)?;
+/// assert!(!heirloom_sys::is_at_mark(&connection)?);
+/// # std::io::Result::Ok(())
+/// ```
+pub fn is_at_mark(connection: impl AsFd) -> io::Result<bool> {
+    Ok(queued(connection.as_fd(), SIOCATMARK)? != 0)
+}
+
+/// `asm-generic/sockios.h`. (Alpha, MIPS, SuperH and Xtensa have another.)
+const SIOCATMARK: libc::Ioctl = 0x8905;
+
 /// What has passed through a TCP connection at this end, whichever processes have had it: [`tcp_counters`].
 ///
 /// The counters outlive whoever reads and writes, so that a process can tell what one that was killed had read and
@@ -174,7 +195,7 @@ impl TcpInfo {
     }
 }
 
-/// Asks a TCP socket how much is in one of its queues.
+/// Asks a socket how much is in one of its queues, or whether something is so.
 fn queued(connection: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: each of these requests writes one int, to a live local.

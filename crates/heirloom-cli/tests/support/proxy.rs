@@ -98,13 +98,13 @@ impl Proxy {
 
     /// Where the listener with this name listens, once it does.
     pub(crate) fn address_of(&self, listener: &str) -> String {
-        let mark = format!("listener={listener} ");
         let mut address = None;
         wait_for("the listener's address", || {
-            let log = self.log();
-            // The last one: it may have been removed and added again.
-            let line = log.lines().rfind(|line| line.contains("listening") && line.contains(&mark));
-            address = line.and_then(|line| Some(line.split("address=").nth(1)?.trim().to_owned()));
+            // Not from the log, where it may be that of one that was removed and added again.
+            let report = self.status().application.expect("a report");
+            let listeners = report["listeners"].as_array().expect("a list");
+            let named = listeners.iter().find(|one| one["name"] == listener);
+            address = named.and_then(|one| Some(one["address"].as_str()?.to_owned()));
             address.is_some()
         });
         address.expect("waited for")

@@ -8,19 +8,48 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use heirloom::runtime::mio::{deregister, register};
-use mio::Interest;
 use rustix::io::Errno;
 
 use super::{EventLoop, is_shortage};
 use crate::clock::nanoseconds;
-use crate::connection::{How, Sides, Stage};
+use crate::connection::{Connection, How, Stage};
+use crate::flow::Flow;
 use crate::id::{Key, Side, token};
-use crate::socket::Socket;
+use crate::socket::{BOTH, Socket};
 
 /// When what nothing tells of is tried again: a full queue of a UNIX socket, descriptors that are used up.
 const AGAIN: Duration = Duration::from_millis(5);
 
 impl EventLoop {
+    /// Takes in a connection that was just accepted. What its client says meanwhile is told once, and known when there is a
+    /// backend for it.
+    pub(super) fn begin(&mut self, key: Key, connection: Connection) {
+        self.connections.insert(key, Box::new(connection));
+        self.touch(key);
+        if self.watch_client(key) {
+            self.connect(key);
+        }
+    }
+
+    /// Has the poller tell of the client, if it does not already. Whether it does.
+    fn watch_client(&mut self, key: Key) -> bool {
+        let Some(connection) = self.connections.get_mut(&key) else { return false };
+        if connection.watched.has(Side::Client) {
+            return true;
+        }
+        match register(&self.registry, connection.client.as_fd(), token(key.first()), BOTH) {
+            Ok(()) => {
+                connection.watched.set(Side::Client);
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot wait for a client");
+                self.end(key, How::Refused);
+                false
+            }
+        }
+    }
+
     /// Tries backends until one is being connected to.
     pub(super) fn connect(&mut self, key: Key) {
         let shared = Arc::clone(&self.shared);
@@ -53,17 +82,14 @@ impl EventLoop {
             let Some(place) = &table.backends[backend].place else { return self.end(key, How::Refused) };
             let error = match Socket::connect(place, pool.tcp) {
                 Ok(socket) if socket.is_its_own_peer(place) => Errno::CONNREFUSED.into(),
-                Ok(socket) => {
-                    let both = Interest::READABLE | Interest::WRITABLE;
-                    match register(&self.registry, socket.as_fd(), token(key.second()), both) {
-                        Ok(()) => {
-                            connection.server = Some(socket);
-                            connection.watched.set(Side::Backend);
-                            return self.timers.set(key, &mut connection.timer, connection.until);
-                        }
-                        Err(error) => error,
+                Ok(socket) => match register(&self.registry, socket.as_fd(), token(key.second()), BOTH) {
+                    Ok(()) => {
+                        connection.server = Some(socket);
+                        connection.watched.set(Side::Backend);
+                        return self.timers.set(key, &mut connection.timer, connection.until);
                     }
-                }
+                    Err(error) => error,
+                },
                 Err(error) => error,
             };
             if is_shortage(&error) {
@@ -96,12 +122,15 @@ impl EventLoop {
     /// A connection to a backend has come to something.
     pub(super) fn connecting(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
+        if connection.failed.has(Side::Client) {
+            return self.end(key, How::Failed(Side::Client));
+        }
         let Some(server) = &connection.server else { return };
         if connection.failed.has(Side::Backend) || connection.down.readable {
             // Refused, or already closed again.
             if let Err(error) = server.take_error() {
-                connection.failed = Sides::default();
-                connection.down = Default::default();
+                connection.failed.clear(Side::Backend);
+                connection.down = Flow { writable: connection.down.writable, ..Flow::default() };
                 connection.up.writable = false;
                 self.failed_to_connect(key, &error);
                 return self.connect(key);
@@ -110,15 +139,13 @@ impl EventLoop {
         if !connection.up.writable && !connection.down.readable {
             return;
         }
-        let both = Interest::READABLE | Interest::WRITABLE;
-        if let Err(error) = register(&self.registry, connection.client.as_fd(), token(key.first()), both) {
-            tracing::warn!(%error, "cannot wait for a client");
-            return self.end(key, How::Refused);
+        if !self.watch_client(key) {
+            return;
         }
-        connection.watched.set(Side::Client);
+        let Some(connection) = self.connections.get_mut(&key) else { return };
         connection.stage = Stage::Relaying;
         (connection.connected, connection.active) = (Some(self.now), self.now);
-        (connection.until, connection.up.readable, connection.down.writable) = (None, true, true);
+        (connection.until, connection.down.writable) = (None, true);
         connection.tried = Vec::new();
         if let Some(backend) = connection.backend {
             self.shared.table.backends[backend].traffic.connections.fetch_add(1, Ordering::Relaxed);

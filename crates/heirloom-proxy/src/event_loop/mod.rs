@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use heirloom::courtesy;
 use heirloom::runtime::mio::{deregister, reregister};
-use mio::{Events, Interest, Poll, Registry, Token};
+use mio::{Events, Poll, Registry, Token};
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -30,6 +30,7 @@ use crate::fair::FairMutex;
 use crate::id::{Key, KeyMap, Side, token};
 use crate::pipes::Pipes;
 use crate::shared::Shared;
+use crate::socket::BOTH;
 
 /// Another loop has something for this one. No item ever has this id.
 pub(crate) const WAKE: Token = Token(usize::MAX);
@@ -148,6 +149,7 @@ impl EventLoop {
             if event.token() != WAKE {
                 let told = Told {
                     readable: event.is_readable(),
+                    urgent: event.is_priority(),
                     ended: event.is_read_closed(),
                     writable: event.is_writable() || event.is_write_closed(),
                     failed: event.is_error(),
@@ -222,6 +224,7 @@ impl EventLoop {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         connection.queued = false;
         match connection.stage {
+            Stage::Waiting if connection.failed.has(Side::Client) => self.end(key, How::Failed(Side::Client)),
             Stage::Waiting => {}
             Stage::Connecting => self.connecting(key),
             Stage::Relaying => self.relay(key),
@@ -243,8 +246,7 @@ impl EventLoop {
             self.touched.push(key);
         }
         for side in [Side::Client, Side::Backend] {
-            // The other end of the flow that has bytes for it.
-            if connection.flow_from(side.other()).pipe.is_some() && !connection.watched.has(side) {
+            if connection.flow_from(side.other()).waits_for_sink() && !connection.watched.has(side) {
                 watch(&self.registry, key, connection, side);
             }
         }
@@ -271,13 +273,6 @@ impl EventLoop {
         {
             self.queue(key);
         }
-    }
-
-    /// Takes in a connection that was just accepted.
-    fn begin(&mut self, key: Key, connection: Connection) {
-        self.connections.insert(key, Box::new(connection));
-        self.touch(key);
-        self.connect(key);
     }
 
     /// A successor will have to be told of it.
@@ -360,9 +355,8 @@ impl EventLoop {
 
 /// Has the poller tell when a socket that was registered ahead takes more, too.
 fn watch(registry: &Registry, key: Key, connection: &mut Connection, side: Side) {
-    let both = Interest::READABLE | Interest::WRITABLE;
     let Some(socket) = connection.socket(side) else { return };
-    match reregister(registry, socket.as_fd(), token(key.id(side)), both) {
+    match reregister(registry, socket.as_fd(), token(key.id(side)), BOTH) {
         Ok(()) => connection.watched.set(side),
         Err(error) => tracing::error!(%error, "cannot wait until a connection takes more"),
     }

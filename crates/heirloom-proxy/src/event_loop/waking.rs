@@ -5,12 +5,12 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use heirloom::runtime::mio::register;
-use mio::Interest;
 
 use super::EventLoop;
 use crate::arriving::{Dormant, Woken};
 use crate::connection::Stage;
 use crate::id::{Key, Side, token};
+use crate::socket::BOTH;
 
 /// How many connections that have not moved yet are woken at once.
 const WOKEN: usize = 16;
@@ -60,7 +60,6 @@ impl EventLoop {
                 return;
             }
         };
-        let both = Interest::READABLE | Interest::WRITABLE;
         for side in [Side::Client, Side::Backend] {
             let is_watched = match connection.stage {
                 Stage::Relaying => true,
@@ -68,7 +67,7 @@ impl EventLoop {
                 Stage::Waiting => false,
             };
             if let Some(socket) = connection.socket(side).filter(|_| is_watched && !registered) {
-                if let Err(error) = register(&self.registry, socket.as_fd(), token(key.id(side)), both) {
+                if let Err(error) = register(&self.registry, socket.as_fd(), token(key.id(side)), BOTH) {
                     tracing::error!(%error, "cannot wait for a connection that was taken over");
                 }
                 connection.watched.set(side);
