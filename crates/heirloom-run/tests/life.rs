@@ -32,7 +32,7 @@ fn the_code_is_the_commands_own() {
     }
     let mut run = Run::start(&["--tries", "3", "--restart", "always"], &shell("exit 0"));
     assert_eq!(run.code(), 0);
-    assert!(run.log().contains("giving up"), "{}", run.log());
+    wait_for("it to give up", || run.log().contains("giving up"));
     assert_eq!(run.log().matches("started").count(), 3);
 }
 
@@ -162,7 +162,7 @@ fn the_watchdog_ends_what_is_silent_and_spares_what_speaks() {
     }
     // Now it says nothing any more: SIGABRT, and the next one.
     let mut puppet = run.next();
-    assert!(run.log().contains("ended with signal 6"), "{}", run.log());
+    wait_for("the signal", || run.log().contains("ended with signal 6"));
     assert_eq!(puppet.given, 1);
     puppet.begin("notify('WATCHDOG=trigger')");
     let puppet = run.next();

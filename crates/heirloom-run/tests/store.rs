@@ -84,7 +84,7 @@ fn beyond_the_limit_a_put_is_refused_and_nothing_is_left_of_it() {
         supervised.refused.iter().all(|why| why.contains("at most 5") && why.contains("\"b\"")),
         "{supervised:?}"
     );
-    assert!(run.log().contains("--store-max"), "{}", run.log());
+    wait_for("the option to be named", || run.log().contains("--store-max"));
     // After a removal there is room again.
     puppet.tell("notify('FDSTOREREMOVE=1\\nFDNAME=a'); put('d', *[os.memfd_create('x') for _ in range(4)]); barrier()");
     assert_eq!(run.counter("stored"), 5);

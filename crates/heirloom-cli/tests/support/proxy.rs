@@ -48,6 +48,8 @@ pub(crate) struct Proxy {
     started: Vec<Process>,
     control: PathBuf,
     config: PathBuf,
+    /// Where `main` listens, if there is one.
+    main: Option<String>,
     /// How often somebody else has been started by hand.
     takeovers: usize,
     _ends: EndsServing,
@@ -69,6 +71,7 @@ impl Proxy {
         let mut proxy = Proxy {
             started: Vec::new(),
             config: scratch.path("proxy.toml"),
+            main: None,
             takeovers: 0,
             _ends: EndsServing(control.clone()),
             control,
@@ -80,6 +83,7 @@ impl Proxy {
             assert!(proxy.started[0].is_running(), "it has ended:\n{}", proxy.log());
             try_status(&proxy.control).is_some()
         });
+        proxy.main = proxy.listens_at("main");
         proxy
     }
 
@@ -91,23 +95,26 @@ impl Proxy {
         command
     }
 
-    /// Where [`Proxy::to`] listens.
+    /// Where [`Proxy::to`] listens, for as long as it does.
     pub(crate) fn address(&self) -> String {
-        self.address_of("main")
+        self.main.clone().expect("a listener that is called main")
     }
 
     /// Where the listener with this name listens, once it does.
     pub(crate) fn address_of(&self, listener: &str) -> String {
         let mut address = None;
         wait_for("the listener's address", || {
-            // Not from the log, where it may be that of one that was removed and added again.
-            let report = self.status().application.expect("a report");
-            let listeners = report["listeners"].as_array().expect("a list");
-            let named = listeners.iter().find(|one| one["name"] == listener);
-            address = named.and_then(|one| Some(one["address"].as_str()?.to_owned()));
+            address = self.listens_at(listener);
             address.is_some()
         });
         address.expect("waited for")
+    }
+
+    /// Where it listens, by its status: what is last in the log may be of a listener that was removed and added again.
+    fn listens_at(&self, listener: &str) -> Option<String> {
+        let report = self.status().application.expect("a report");
+        let named = report["listeners"].as_array()?.iter().find(|one| one["name"] == listener);
+        Some(named?["address"].as_str()?.to_owned())
     }
 
     /// Writes its configuration anew, in one go. It takes effect at the next handover.
