@@ -200,11 +200,13 @@ impl Connection {
         if before != (self.up.moved, self.down.moved) {
             self.active = now;
         }
-        if matches!(up, Turned::Ended) && !self.down.lost {
-            server.finish();
-        }
-        if matches!(down, Turned::Ended) && !self.up.lost {
-            self.client.finish();
+        for (turned, sink, other) in [(&up, server, &self.down), (&down, &self.client, &self.up)] {
+            match turned {
+                // Who is to hear no orderly end hears what comes before.
+                Turned::Ended if other.lost => sink.flush(),
+                Turned::Ended => sink.finish(),
+                _ => {}
+            }
         }
         for (side, turned) in [(Side::Client, &up), (Side::Backend, &down)] {
             let has_failed = match turned {
@@ -275,7 +277,7 @@ mod tests {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::fs::{MemfdFlags, memfd_create, sendfile};
     use rustix::io::ioctl_fionread;
-    use rustix::net::{SendFlags, send};
+    use rustix::net::{SendFlags, send, sockopt};
 
     use super::*;
 
@@ -405,6 +407,37 @@ mod tests {
         connection.try_everything();
         assert_eq!(connection.relay(0, &mut pipes), Next::End(How::Closed));
         assert_eq!(backend.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_waits_for_an_end_that_does_not_come_is_sent() {
+        let (mut connection, client, _) = relayed_from_tcp();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        to.set_nonblocking(true).unwrap();
+        let (mut backend, _) = listener.accept().unwrap();
+        connection.server = Some(Socket::new(to.into(), Kind::TcpStream));
+        let mut pipes = Pipes::new(4, 1);
+        (connection.up.writable, connection.down.writable) = (true, true);
+        backend.write_all(b"nobody reads this").unwrap();
+        send(&client, b"bye", SendFlags::empty()).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        wait_until(|| {
+            let mut polled = [PollFd::new(&connection.client, PollFlags::RDHUP)];
+            poll(&mut polled, Some(&Timespec::default())).unwrap() == 1
+        });
+        connection.hear(Side::Client, Told { readable: true, ended: true, ..Told::default() });
+        connection.hear(Side::Backend, Told { readable: true, ..Told::default() });
+        // The reset comes when that is known.
+        sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+        drop(client);
+        let next = connection.relay(0, &mut pipes);
+        assert_eq!((connection.up.moved, connection.up.done, connection.down.lost), (3, true, true));
+        assert_eq!(next, Next::End(How::Failed(Side::Client)));
+        connection.end(How::Failed(Side::Client), &mut pipes);
+        let mut heard = [0; 4];
+        assert_eq!(backend.read(&mut heard).unwrap(), 3);
+        assert_eq!(backend.read(&mut heard).unwrap_err().kind(), ErrorKind::ConnectionReset);
     }
 
     #[test]

@@ -72,7 +72,9 @@ impl Flow {
                 return Turned::Waits;
             }
             if let Some(pipe) = &self.pipe {
-                match splice_some(pipe.reader(), sink, self.held) {
+                // With the last bytes the end is sent, in one segment: they wait for it.
+                let more = if self.ended { SpliceFlags::MORE } else { SpliceFlags::empty() };
+                match splice_some(pipe.reader(), sink, self.held, more) {
                     Ok(count) if count > 0 => {
                         self.moved += count as u64;
                         self.held = self.held.saturating_sub(count);
@@ -97,7 +99,7 @@ impl Flow {
                 return Turned::Waits;
             }
             let Some(pipe) = pipes.take() else { return Turned::NoPipe };
-            match splice_some(source, pipe.writer(), MOST) {
+            match splice_some(source, pipe.writer(), MOST, SpliceFlags::empty()) {
                 Ok(count) if count > 0 => {
                     // What comes from now on is told: no need to ask whether there is more.
                     let may_stop_earlier = !source.is_tcp() || self.urgent || self.may_fail;
@@ -165,6 +167,6 @@ impl Flow {
     }
 }
 
-fn splice_some(from: impl AsFd, to: impl AsFd, most: usize) -> Result<usize, Errno> {
-    splice(from, None, to, None, most, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)
+fn splice_some(from: impl AsFd, to: impl AsFd, most: usize, flags: SpliceFlags) -> Result<usize, Errno> {
+    splice(from, None, to, None, most, flags | SpliceFlags::MOVE | SpliceFlags::NONBLOCK)
 }

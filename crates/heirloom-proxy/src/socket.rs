@@ -102,6 +102,13 @@ impl Socket {
         net::getsockname(&self.descriptor).is_ok_and(|own| SocketAddr::try_from(own).as_ref() == Ok(address))
     }
 
+    /// Sends what waits to be sent together with an [end](Socket::finish), which does not come.
+    pub(crate) fn flush(&self) {
+        if self.tcp {
+            let _ = sockopt::set_tcp_nodelay(&self.descriptor, true);
+        }
+    }
+
     /// Nothing more is sent: the peer reads an end.
     pub(crate) fn finish(&self) {
         let _ = net::shutdown(&self.descriptor, Shutdown::Write);

@@ -22,5 +22,5 @@ pub use mask::SignalMask;
 pub use peer::{Credentials, peer_credentials, peer_pidfd};
 pub use signals::{Signal, SignalFd, send_signal, send_signal_to_all};
 pub use spawn::{FIRST_PASSED, Spawn, SpawnFailure, SpawnStage, spawn, spawn_sibling};
-pub use tcp::{TcpCounters, is_at_mark, never_sent, tcp_counters};
+pub use tcp::{TcpCounters, accept_queue, is_at_mark, never_sent, tcp_counters};
 pub use time_slice::{set_time_slice, time_slice};

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::{EventLoop, is_shortage};
 use crate::clock::nanoseconds;
 use crate::connection::Connection;
-use crate::door::AT_ONCE;
+use crate::door::{AT_ONCE, Queue};
 use crate::socket;
 
 /// When a listener that fails is tried again.
@@ -21,6 +21,7 @@ impl EventLoop {
     pub(super) fn open_door(&mut self, at: usize) {
         let shared = Arc::clone(&self.shared);
         let table = &shared.table;
+        let mut queue = None;
         for _ in 0..AT_ONCE {
             let door = &mut self.doors[at];
             if !door.wants_turn(self.now) {
@@ -41,8 +42,16 @@ impl EventLoop {
                     return;
                 }
             }
+            let queue = queue.get_or_insert_with(|| door.queue());
+            if *queue == Queue::Known(0) {
+                door.ready = false;
+                return;
+            }
             match socket::accept(&door.socket, door.kind) {
                 Ok((client, from)) => {
+                    if let Queue::Known(waiting) = queue {
+                        *waiting -= 1;
+                    }
                     table.open.add();
                     listener.open.add();
                     listener.traffic.connections.fetch_add(1, Ordering::Relaxed);
@@ -65,7 +74,7 @@ impl EventLoop {
                     shared.note_shortage(self.now, &error);
                 }
                 // That one has gone before it was accepted.
-                Err(error) if is_of_one(&error) => {}
+                Err(error) if is_of_one(&error) => *queue = Queue::Unknown,
                 Err(error) => {
                     tracing::error!(listener = %listener.name, %error, "cannot accept");
                     door.resting = Some(self.now + nanoseconds(FAILED_REST));
