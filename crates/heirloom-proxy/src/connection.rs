@@ -42,6 +42,8 @@ pub(crate) struct Connection {
     pub(crate) watched: Sides,
     /// It is among those that have their turn next.
     pub(crate) queued: bool,
+    /// It is counted to its loop.
+    pub(crate) settled: bool,
     /// A successor was offered it.
     pub(crate) offered: bool,
     /// Something has changed since a successor was offered what there was.
@@ -65,6 +67,10 @@ pub(crate) struct Sides {
 }
 
 impl Sides {
+    pub(crate) fn both() -> Sides {
+        Sides { client: true, backend: true }
+    }
+
     pub(crate) fn has(self, side: Side) -> bool {
         match side {
             Side::Client => self.client,
@@ -150,6 +156,7 @@ impl Connection {
             failed: Sides::default(),
             watched: Sides::default(),
             queued: false,
+            settled: false,
             offered: false,
             touched: false,
         }

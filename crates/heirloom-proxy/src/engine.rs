@@ -68,7 +68,7 @@ impl Engine {
             while state.lock().expect("a loop does not panic").wake_some() {}
             let keys = {
                 let mut state = state.lock().expect("a loop does not panic");
-                let doors = state.doors.iter();
+                let doors = state.doors.iter().filter(|door| door.home);
                 items.extend(doors.map(|door| door_item(door.key, door.listener, door.kind, &door.socket)));
                 state.begin_lending()
             };

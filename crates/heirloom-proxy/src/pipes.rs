@@ -126,6 +126,11 @@ impl Pipes {
         self.lent += 1;
     }
 
+    /// One has gone with a connection.
+    pub(crate) fn left(&mut self) {
+        self.lent -= 1;
+    }
+
     /// How many are with connections.
     pub(crate) fn lent(&self) -> usize {
         self.lent

@@ -14,7 +14,7 @@ use heirloom::manifest::Base;
 use heirloom::runtime::mio::register;
 use heirloom::{Bundle, Entry, EntryRef, ItemId, courtesy};
 use heirloom_sys::SignalMask;
-use mio::{Poll, Waker};
+use mio::Poll;
 use rustix::thread::{CpuSet, sched_getaffinity};
 
 use crate::access::AccessWriter;
@@ -24,7 +24,7 @@ use crate::bound::Bound;
 use crate::clock;
 use crate::config::{AccessLog, Config};
 use crate::error::EngineError;
-use crate::event_loop::{self, EventLoop, WAKE};
+use crate::event_loop::{self, EventLoop};
 use crate::fair::FairMutex;
 use crate::gate::Gate;
 use crate::handover::{
@@ -246,7 +246,7 @@ impl Prepared {
                 Err(error) => return Err(error),
             }
         }
-        let posts = self.polls.iter().map(|poll| Waker::new(poll.registry(), WAKE).map(Post::new));
+        let posts = self.polls.iter().map(Post::new);
         let shared = Arc::new(Shared {
             table,
             keys: Keys::from(ItemId::FIRST),
@@ -267,8 +267,8 @@ impl Prepared {
             self.config.pin_threads.then(own_processors).transpose()?.into_iter().flatten().cycle();
         without_signals(|| {
             for (number, poll) in mem::take(&mut self.polls).into_iter().enumerate() {
-                let (shared, registry) = (Arc::clone(&threads.shared), poll.registry().try_clone()?);
-                let state = EventLoop::new(number, Arc::clone(&shared), registry, self.plan.pipes);
+                let shared = Arc::clone(&threads.shared);
+                let state = EventLoop::new(number, Arc::clone(&shared), self.plan.pipes);
                 let state = Arc::new(FairMutex::new(state));
                 let run = {
                     let state = Arc::clone(&state);

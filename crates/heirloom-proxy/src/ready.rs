@@ -2,25 +2,23 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use heirloom::manifest::Changes;
-use heirloom::runtime::mio::register;
 use heirloom::{Bundle, ItemId, Kind};
-use mio::Interest;
 
 use crate::arriving::{Dormant, Sleeper, Sleepers};
 use crate::bound::Bound;
 use crate::config::Config;
-use crate::door::Door;
+use crate::door::{Door, Watch};
 use crate::engine::Engine;
 use crate::error::EngineError;
 use crate::event_loop::EventLoop;
 use crate::fair::FairMutex;
 use crate::handover::{CLIENT, ConnectionState, ServiceState, decode};
-use crate::id::{Key, token};
+use crate::id::Key;
 use crate::prepared::{Homes, Places};
 use crate::rates::Rates;
 use crate::shared::Shared;
@@ -155,25 +153,28 @@ impl Ready {
         Engine::new(shared, loops, Rates::from(self.state.samples), self.config)
     }
 
-    /// Lets a loop accept at a listener.
-    fn open(&self, states: &mut [MutexGuard<'_, EventLoop>], door: Door, shared: &Shared) {
+    /// Lets the loops accept at a listener.
+    fn open(&self, states: &mut [MutexGuard<'_, EventLoop>], mut door: Door, shared: &Shared) {
         let listener = &self.config.listeners[door.listener];
         let options = TcpOptions { nodelay: listener.nodelay, keepalive: listener.keepalive };
         let set = match door.kind {
             Kind::TcpListener => set_inherited(&door.socket, options),
             _ => socket::set_mode(listener.address.place(), listener.mode),
         };
+        // The other loops begin to watch it in their first turn.
         let at = door.listener % states.len();
-        let state = &mut states[at];
-        let (descriptor, token) = (Arc::clone(&door.socket), token(door.key.first()));
-        let watched = register(&state.registry, descriptor.as_fd(), token, Interest::READABLE);
+        for (_, state) in states.iter_mut().enumerate().filter(|(number, _)| *number != at) {
+            state.doors.push(door.for_another());
+        }
+        let watched = door.watch(&states[at].registry, Watch::Shared);
+        let descriptor = Arc::clone(&door.socket);
         // A new owner, and perhaps a new length of the queue.
         let again = rustix::net::listen(&descriptor, listener.backlog.try_into().unwrap_or(i32::MAX));
         for error in [set, watched, again.map_err(Into::into)].into_iter().filter_map(Result::err) {
             tracing::error!(listener = %listener.name, %error, "cannot set up a listener");
         }
         shared.table.listeners[door.listener].set_bound(socket::name(&descriptor, &listener.address));
-        state.doors.push(door);
+        states[at].doors.push(door);
     }
 }
 

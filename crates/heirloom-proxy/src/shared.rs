@@ -1,15 +1,16 @@
 //! What all loops of a proxy share.
 
-use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use std::{fmt, io};
 
-use mio::Waker;
+use mio::{Poll, Registry, Waker};
 
 use crate::access::{AccessRecord, AccessWriter, End};
 use crate::clock::{Time, nanoseconds, unix_ms};
 use crate::connection::{Connection, How};
+use crate::event_loop::WAKE;
 use crate::gate::Gate;
 use crate::handover::{ServiceState, TrafficState};
 use crate::id::{Key, Keys, Side};
@@ -30,18 +31,29 @@ pub(crate) struct Shared {
 /// How a loop is reached by others.
 pub(crate) struct Post {
     pub(crate) waker: Arc<Waker>,
+    /// What is registered here is told to it.
+    pub(crate) registry: Arc<Registry>,
     /// How many connections it has.
     pub(crate) load: AtomicUsize,
-    /// Connections for it, accepted by others.
-    pub(crate) inbox: Mutex<Vec<(Key, Connection)>>,
+    /// How many of them were not just accepted.
+    pub(crate) settled: AtomicUsize,
+    /// Connections for it, which others have begun with.
+    pub(crate) inbox: Mutex<Vec<(Key, Box<Connection>)>>,
 }
 
 impl Post {
-    pub(crate) fn new(waker: Waker) -> Post {
-        Post { waker: Arc::new(waker), load: AtomicUsize::new(0), inbox: Mutex::default() }
+    /// Of the loop that has this poller.
+    pub(crate) fn new(poll: &Poll) -> io::Result<Post> {
+        Ok(Post {
+            waker: Arc::new(Waker::new(poll.registry(), WAKE)?),
+            registry: Arc::new(poll.registry().try_clone()?),
+            load: AtomicUsize::new(0),
+            settled: AtomicUsize::new(0),
+            inbox: Mutex::default(),
+        })
     }
 
-    pub(crate) fn take(&self) -> Vec<(Key, Connection)> {
+    pub(crate) fn take(&self) -> Vec<(Key, Box<Connection>)> {
         std::mem::take(&mut *self.inbox.lock().expect("nobody panics with it"))
     }
 }
@@ -50,19 +62,23 @@ impl Post {
 const REST: Duration = Duration::from_millis(50);
 /// When it is said again.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
-/// By how many a loop may have more than another before that one gets the next connection: to wake it costs something.
-const SLACK: usize = 1;
 
 impl Shared {
-    /// Which loop is to have a connection that this one has accepted.
-    pub(crate) fn loop_for_next(&self, own: usize) -> usize {
-        let load = |at: usize| self.loops[at].load.load(Ordering::Relaxed);
-        let least = (0..self.loops.len()).min_by_key(|&at| load(at)).unwrap_or(own);
-        if load(own) <= load(least) + SLACK { own } else { least }
+    /// Which loop is to go on with a connection that this one has begun with.
+    pub(crate) fn loop_for(&self, own: usize) -> usize {
+        let settled = |at: usize| self.loops[at].settled.load(Ordering::Relaxed);
+        let least = (0..self.loops.len()).min_by_key(|&at| settled(at)).unwrap_or(own);
+        if settled(own) <= settled(least) { own } else { least }
+    }
+
+    /// A connection that was to be accepted did not come.
+    pub(crate) fn withdraw(&self, listener: usize) {
+        self.table.dismiss(listener);
+        self.wake_waiting();
     }
 
     /// Descriptors are used up: nobody is accepted for a while.
-    pub(crate) fn note_shortage(&self, now: Time, error: &std::io::Error) {
+    pub(crate) fn note_shortage(&self, now: Time, error: &io::Error) {
         let before = self.short_until.swap(now + nanoseconds(REST), Ordering::Relaxed);
         if before.saturating_add(nanoseconds(SAY_AGAIN)) < now {
             tracing::warn!(%error, "descriptors are used up: clients wait to be accepted");

@@ -233,6 +233,22 @@ impl Table {
         self.open.has_room() && self.listeners[listener].open.has_room() && backends.iter().any(has_room)
     }
 
+    /// Counts one more connection of a listener, unless there are too many.
+    pub(crate) fn admit(&self, listener: usize) -> bool {
+        let of_all = self.open.try_add();
+        let admitted = of_all && self.listeners[listener].open.try_add();
+        if of_all && !admitted {
+            self.open.remove();
+        }
+        admitted
+    }
+
+    /// One less.
+    pub(crate) fn dismiss(&self, listener: usize) {
+        self.listeners[listener].open.remove();
+        self.open.remove();
+    }
+
     /// Chooses a backend for a connection of this listener, and counts the connection to it. Those in `not` have failed. `None`:
     /// all others are full.
     pub(crate) fn choose(&self, listener: usize, not: &[usize]) -> Option<usize> {

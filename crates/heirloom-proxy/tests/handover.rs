@@ -215,6 +215,7 @@ fn whatever_comes_before_the_freeze_or_in_the_pause_is_passed_on() {
                     act(*then, late.as_mut().unwrap());
                 }
             },
+            || {},
         );
         for (before, then, mut client, late) in clients.into_inner() {
             let expected =
@@ -232,6 +233,30 @@ fn whatever_comes_before_the_freeze_or_in_the_pause_is_passed_on() {
 }
 
 /// Bound anew, it would be in the way of itself.
+/// The loops of the one before wait for clients still: none of these is theirs.
+#[test]
+fn whoever_comes_when_the_next_one_serves_is_served_at_once() {
+    let to = backend(echo);
+    let mut engine = fresh(simple(&[to], ""));
+    let at = address(&engine);
+    for threads in [3, 1, 4, 2] {
+        let mut config = simple(&[to], "");
+        config.threads = std::num::NonZeroUsize::new(threads);
+        let come = || {
+            for _ in 0..20 {
+                talk(&mut connect(at), "hello");
+            }
+        };
+        come();
+        let meanwhile = || {
+            come();
+            // Whether the loops wait again by then decides how much this shows, and not what is right.
+            thread::sleep(std::time::Duration::from_millis(20));
+        };
+        engine = hand_over_slowly(engine, config, meanwhile, || {}, come);
+    }
+}
+
 #[test]
 fn a_listener_whose_address_is_written_otherwise_is_the_same_one() {
     let to = backend(echo);

@@ -347,6 +347,53 @@ fn a_backend_that_reads_no_more_is_heard_to_its_end() {
     assert_eq!(engine.report().listeners[0].down_bytes, expected.len() as u64);
 }
 
+/// They begin with the loop that has accepted them.
+#[test]
+fn a_stream_that_another_loop_goes_on_with_is_exact() {
+    const CLIENTS: usize = 12;
+    const CHUNK: usize = 100_000;
+    let mut config = simple(&[backend(echo)], "");
+    config.threads = std::num::NonZeroUsize::new(3);
+    let engine = fresh(config);
+    let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let streaming: Vec<_> = (0..CLIENTS)
+        .map(|number| {
+            let (mut client, over) = (connect(address(&engine)), std::sync::Arc::clone(&over));
+            thread::spawn(move || {
+                let mut reader = client.try_clone().unwrap();
+                let byte = move |place: usize| (place * 7 + number) as u8;
+                let reading = thread::spawn(move || {
+                    let mut heard = 0;
+                    let mut buffer = vec![0; CHUNK];
+                    loop {
+                        let count = reader.read(&mut buffer).unwrap();
+                        if count == 0 {
+                            return heard;
+                        }
+                        let right = |(at, &is): (usize, &u8)| is == byte(heard + at);
+                        assert!(buffer[..count].iter().enumerate().all(right), "behind {heard}");
+                        heard += count;
+                    }
+                });
+                let mut said = 0;
+                while !over.load(std::sync::atomic::Ordering::SeqCst) {
+                    let chunk: Vec<u8> = (said..said + CHUNK).map(byte).collect();
+                    client.write_all(&chunk).unwrap();
+                    said += CHUNK;
+                }
+                client.shutdown(Shutdown::Write).unwrap();
+                assert_eq!(reading.join().unwrap(), said);
+            })
+        })
+        .collect();
+    wait_until(&engine, "each loop has as many", |report| {
+        report.connections_of_loops.iter().all(|&of| of == CLIENTS / 3)
+    });
+    over.store(true, std::sync::atomic::Ordering::SeqCst);
+    streaming.into_iter().for_each(|one| one.join().unwrap());
+    wait_until(&engine, "all have ended", |report| report.connections == 0 && report.pipes_in_use == 0);
+}
+
 #[test]
 fn loops_have_as_many_connections_each() {
     let mut config = simple(&[backend(echo)], "");

@@ -110,7 +110,7 @@ fn it_comes_through_a_handover() {
     for threads in [1, 3, 2] {
         engine = hand_over(engine, config(threads), || say_urgently(&client, b'1'));
         assert_eq!(hear_marks(&mut server, 1), (b"1".to_vec(), vec![0]));
-        engine = hand_over_slowly(engine, config(threads), || {}, || say_urgently(&client, b'2'));
+        engine = hand_over_slowly(engine, config(threads), || {}, || say_urgently(&client, b'2'), || {});
         assert_eq!(hear_marks(&mut server, 1), (b"2".to_vec(), vec![0]));
     }
     drop(engine);

@@ -1,4 +1,4 @@
-//! How clients are let in: as many as there is room for, each to the loop with the fewest.
+//! How clients are let in: as many as there is room for, by whichever loop has nothing else to do.
 
 use std::io;
 use std::sync::Arc;
@@ -10,13 +10,28 @@ use rustix::io::Errno;
 use super::{EventLoop, is_shortage};
 use crate::clock::nanoseconds;
 use crate::connection::Connection;
-use crate::door::{AT_ONCE, Queue};
+use crate::door::{AT_ONCE, Queue, Watch};
 use crate::socket;
 
 /// When a listener that fails is tried again.
 const FAILED_REST: Duration = Duration::from_secs(1);
 
 impl EventLoop {
+    /// Has the poller tell of those who come, as far as this loop is to hear of them.
+    pub(crate) fn watch_doors(&mut self) {
+        for door in &mut self.doors {
+            let watch = match (self.lending, door.home) {
+                (false, _) => Watch::Shared,
+                (true, true) => Watch::Alone,
+                (true, false) => Watch::Not,
+            };
+            if let Err(error) = door.watch(&self.registry, watch) {
+                let listener = &self.shared.table.listeners[door.listener].name;
+                tracing::error!(%listener, %error, "an event loop cannot wait for clients");
+            }
+        }
+    }
+
     /// Accepts who waits at a listener, as far as there is room.
     pub(super) fn open_door(&mut self, at: usize) {
         let shared = Arc::clone(&self.shared);
@@ -33,7 +48,9 @@ impl EventLoop {
                 return;
             }
             let listener = &table.listeners[door.listener];
-            if !self.waiting.is_empty() {
+            // Nobody overtakes those who wait for the same backends.
+            let mut waiting = self.waiting.iter().filter_map(|key| self.connections.get(key));
+            if waiting.any(|one| table.listeners[one.listener].pool == listener.pool) {
                 return;
             }
             if !table.has_room(door.listener) {
@@ -47,24 +64,23 @@ impl EventLoop {
                 door.ready = false;
                 return;
             }
-            match socket::accept(&door.socket, door.kind) {
+            if !table.admit(door.listener) {
+                // Another loop was faster: is there room still?
+                continue;
+            }
+            let accepted = socket::accept(&door.socket, door.kind);
+            if accepted.is_err() {
+                shared.withdraw(door.listener);
+            }
+            match accepted {
                 Ok((client, from)) => {
                     if let Queue::Known(waiting) = queue {
                         *waiting -= 1;
                     }
-                    table.open.add();
-                    listener.open.add();
                     listener.traffic.connections.fetch_add(1, Ordering::Relaxed);
-                    let (key, to) = (shared.keys.take(), shared.loop_for_next(self.number));
+                    shared.loops[self.number].load.fetch_add(1, Ordering::Relaxed);
                     let connection = Connection::new(door.listener, client, from, self.now);
-                    let post = &shared.loops[to];
-                    post.load.fetch_add(1, Ordering::Relaxed);
-                    if to == self.number {
-                        self.begin(key, connection);
-                    } else {
-                        post.inbox.lock().expect("nobody panics with it").push((key, connection));
-                        let _ = post.waker.wake();
-                    }
+                    self.begin(shared.keys.take(), connection);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     door.ready = false;

@@ -17,8 +17,10 @@ use crate::flow::Flow;
 use crate::id::{Key, Side, token};
 use crate::socket::{BOTH, Socket};
 
-/// When what nothing tells of is tried again: a full queue of a UNIX socket, descriptors that are used up.
+/// When a backend is tried again that is a UNIX socket with a full queue, of which nothing tells.
 const AGAIN: Duration = Duration::from_millis(5);
+/// When it is tried again where descriptors are used up: before more clients are accepted.
+const SHORT_AGAIN: Duration = Duration::from_millis(20);
 
 impl EventLoop {
     /// Takes in a connection that was just accepted. What its client says meanwhile is told once, and known when there is a
@@ -26,6 +28,7 @@ impl EventLoop {
     pub(super) fn begin(&mut self, key: Key, connection: Connection) {
         self.connections.insert(key, Box::new(connection));
         self.touch(key);
+        self.note_young(key);
         if self.watch_client(key) {
             self.connect(key);
         }
@@ -74,7 +77,7 @@ impl EventLoop {
                 self.more |= table.has_room(connection.listener);
                 return;
             };
-            if connection.backend.is_none() {
+            if connection.backend.is_none() || connection.until.is_none() {
                 connection.until = Some(self.now.saturating_add(pool.connect_within));
             }
             connection.backend = Some(backend);
@@ -94,8 +97,12 @@ impl EventLoop {
             };
             if is_shortage(&error) {
                 shared.note_shortage(self.now, &error);
+                // The backend's time has not begun.
+                connection.until = None;
+                let again = Some(self.now + nanoseconds(SHORT_AGAIN));
+                return self.timers.set(key, &mut connection.timer, again);
             }
-            if error.kind() == io::ErrorKind::WouldBlock || is_shortage(&error) {
+            if error.kind() == io::ErrorKind::WouldBlock {
                 let again = connection.until.map(|until| until.min(self.now + nanoseconds(AGAIN)));
                 return self.timers.set(key, &mut connection.timer, again);
             }

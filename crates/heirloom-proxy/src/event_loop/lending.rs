@@ -22,6 +22,7 @@ impl EventLoop {
         debug_assert!(self.dormant.is_none(), "all have been woken");
         self.reclaim();
         self.lending = true;
+        self.watch_doors();
         let mut keys: Vec<Key> = self.connections.keys().copied().collect();
         keys.sort_unstable();
         keys
@@ -52,17 +53,13 @@ impl EventLoop {
             }
             self.touched = Vec::new();
             self.ended = Vec::new();
+            self.watch_doors();
         }
     }
 
     /// Those that have changed or are new, and those that have ended. Connections on the way from another loop arrive here first.
     pub(crate) fn changes(&mut self) -> (Vec<Key>, Vec<Key>) {
-        for (key, mut connection) in self.shared.loops[self.number].take() {
-            connection.touched = true;
-            self.connections.insert(key, Box::new(connection));
-            self.waiting.push_back(key);
-            self.touched.push(key);
-        }
+        self.adopt();
         (self.touched.clone(), self.ended.clone())
     }
 
@@ -89,8 +86,9 @@ impl EventLoop {
     /// Ends everything.
     pub(crate) fn stop(&mut self) {
         self.wake_all();
+        self.adopt();
         for door in mem::take(&mut self.doors) {
-            if door.kind == Kind::UnixListener {
+            if door.home && door.kind == Kind::UnixListener {
                 socket::remove_path(&door.socket);
             }
         }

@@ -4,6 +4,7 @@
 //! alone: by its own thread in a turn, or by whoever hands over while the [gate](crate::gate) is closed.
 
 mod accepting;
+mod balancing;
 mod connecting;
 mod lending;
 mod waking;
@@ -44,7 +45,7 @@ const WAKE_EVERY: Duration = Duration::from_millis(1);
 pub(crate) struct EventLoop {
     pub(crate) number: usize,
     pub(crate) shared: Arc<Shared>,
-    pub(crate) registry: Registry,
+    pub(crate) registry: Arc<Registry>,
     /// Each in a place of its own, so that the map is small, and no turn has much to move when it grows.
     pub(crate) connections: KeyMap<Box<Connection>>,
     pub(crate) doors: Vec<Door>,
@@ -62,6 +63,8 @@ pub(crate) struct EventLoop {
     pub(crate) touched: Vec<Key>,
     /// These were offered, and have ended since.
     pub(crate) ended: Vec<Key>,
+    /// Those that were accepted here of late, and when they are to be settled.
+    young: VecDeque<(Time, Key)>,
     /// Connections that have their turn next.
     due: VecDeque<Key>,
     /// Those for which there is no pipe.
@@ -113,7 +116,8 @@ fn stay_on(processor: usize) -> io::Result<()> {
 }
 
 impl EventLoop {
-    pub(crate) fn new(number: usize, shared: Arc<Shared>, registry: Registry, pipes: usize) -> EventLoop {
+    pub(crate) fn new(number: usize, shared: Arc<Shared>, pipes: usize) -> EventLoop {
+        let registry = Arc::clone(&shared.loops[number].registry);
         let pipes = Pipes::new(pipes, shared.loops.len());
         EventLoop {
             number,
@@ -129,6 +133,7 @@ impl EventLoop {
             lending: false,
             touched: Vec::new(),
             ended: Vec::new(),
+            young: VecDeque::new(),
             due: VecDeque::new(),
             starving: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -157,9 +162,7 @@ impl EventLoop {
                 self.hear(event.token(), told);
             }
         }
-        for (key, connection) in self.shared.loops[self.number].take() {
-            self.begin(key, connection);
-        }
+        self.adopt();
         if self.again.take_if(|at| *at <= self.now).is_some() {
             let starving = mem::take(&mut self.starving);
             starving.into_iter().for_each(|key| self.queue(key));
@@ -167,7 +170,9 @@ impl EventLoop {
         while let Some(key) = self.timers.take_due(self.now) {
             self.timer(key);
         }
+        self.settle();
         self.retry_waiting();
+        self.watch_doors();
         for at in 0..self.doors.len() {
             self.open_door(at);
         }
@@ -193,7 +198,8 @@ impl EventLoop {
             self.again = Some(self.now + nanoseconds(AGAIN));
         }
         let doors = self.doors.iter().filter_map(|door| door.resting).min();
-        let next = [self.timers.next(), doors, self.again].into_iter().flatten().min()?;
+        let next =
+            [self.timers.next(), doors, self.again, self.settles_next()].into_iter().flatten().min()?;
         // The kernel counts in milliseconds: rather late than in vain.
         Some(Duration::from_nanos(next.saturating_sub(clock::now())) + Duration::from_millis(1))
     }
@@ -347,7 +353,11 @@ impl EventLoop {
         }
         listener.open.remove();
         table.open.remove();
-        shared.loops[self.number].load.fetch_sub(1, Ordering::Relaxed);
+        let post = &shared.loops[self.number];
+        post.load.fetch_sub(1, Ordering::Relaxed);
+        if connection.settled {
+            post.settled.fetch_sub(1, Ordering::Relaxed);
+        }
         drop(connection);
         shared.wake_waiting();
     }

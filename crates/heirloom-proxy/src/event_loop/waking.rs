@@ -37,8 +37,9 @@ impl EventLoop {
 
     /// Takes over what is dormant.
     pub(crate) fn go_on_with(&mut self, mut dormant: Dormant) {
-        let load = &self.shared.loops[self.number].load;
-        load.store(dormant.len(), Ordering::Relaxed);
+        let post = &self.shared.loops[self.number];
+        post.load.store(dormant.len(), Ordering::Relaxed);
+        post.settled.store(dormant.len(), Ordering::Relaxed);
         self.urgent = dormant.take_urgent();
         self.dormant = Some(dormant);
     }
@@ -78,6 +79,7 @@ impl EventLoop {
                 self.pipes.arrived();
             }
         }
+        connection.settled = true;
         let (stage, until) = (connection.stage, connection.until);
         if urgent || stage != Stage::Relaying {
             connection.try_everything();

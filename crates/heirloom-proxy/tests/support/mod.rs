@@ -102,15 +102,16 @@ pub(crate) fn hear(stream: &mut TcpStream, text: &str) {
 /// Hands everything over to an engine with another configuration, as two processes do it; `meanwhile` happens between the offer
 /// and the freeze.
 pub(crate) fn hand_over(engine: Engine, config: Config, meanwhile: impl FnOnce()) -> Engine {
-    hand_over_slowly(engine, config, meanwhile, || {})
+    hand_over_slowly(engine, config, meanwhile, || {}, || {})
 }
 
-/// The same, and `in_the_pause` happens while nobody serves.
+/// The same; `in_the_pause` happens while nobody serves, and `at_last` when the next engine does and this one has not gone.
 pub(crate) fn hand_over_slowly(
     mut engine: Engine,
     config: Config,
     meanwhile: impl FnOnce(),
     in_the_pause: impl FnOnce(),
+    at_last: impl FnOnce(),
 ) -> Engine {
     let limits = Limits::default();
     let base = engine.offer();
@@ -141,6 +142,8 @@ pub(crate) fn hand_over_slowly(
     ready.complete(&bundle, &changes).unwrap();
     in_the_pause();
     drop(frozen);
+    let next = ready.start(bundle);
+    at_last();
     engine.leave(LONG);
-    ready.start(bundle)
+    next
 }
