@@ -38,8 +38,9 @@ impl EventLoop {
             connection.settled = true;
             // A successor was told of those that are here; one that is not relayed yet is not asked to begin again.
             let may_move = !self.lending && connection.stage == Stage::Relaying && to != self.number;
-            let with = if may_move && self.give(key, to) { to } else { self.number };
-            shared.loops[with].settled.fetch_add(1, Ordering::Relaxed);
+            if !may_move || !self.give(key, to) {
+                shared.loops[self.number].settled.fetch_add(1, Ordering::Relaxed);
+            }
         }
     }
 
@@ -72,6 +73,7 @@ impl EventLoop {
         (connection.queued, connection.watched) = (false, Sides::both());
         own.load.fetch_sub(1, Ordering::Relaxed);
         post.load.fetch_add(1, Ordering::Relaxed);
+        post.settled.fetch_add(1, Ordering::Relaxed);
         post.inbox.lock().expect("nobody panics with it").push((key, connection));
         let _ = post.waker.wake();
         true
