@@ -2,12 +2,15 @@
 
 mod support;
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::thread;
 
-use rustix::net::sockopt;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg, sockopt};
 use support::*;
 
 #[test]
@@ -204,7 +207,6 @@ fn what_is_silent_for_too_long_ends() {
 
 #[test]
 fn unix_sockets_on_both_sides() {
-    use std::os::unix::net::{UnixListener, UnixStream};
     let directory = tempfile::tempdir().unwrap();
     let (outside, inside) = (directory.path().join("outside"), directory.path().join("inside"));
     let listener = UnixListener::bind(&inside).unwrap();
@@ -231,6 +233,36 @@ fn unix_sockets_on_both_sides() {
     assert_eq!(client.read(&mut heard).unwrap(), 0);
     engine.stop(LONG);
     assert!(!outside.exists());
+}
+
+#[test]
+fn descriptors_are_let_go_of_and_the_bytes_that_they_come_with_are_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let door = directory.path().join("door");
+    let engine = fresh(config(&format!(
+        "[[listener]]\nlisten = \"unix:{}\"\nto = [\"{}\"]",
+        door.display(),
+        backend(echo)
+    )));
+    let mut client = UnixStream::connect(&door).unwrap();
+    client.set_read_timeout(Some(LONG)).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    for text in ["one", "two"] {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut with = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [writer.as_fd()];
+        assert!(with.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        let bytes = [IoSlice::new(text.as_bytes())];
+        assert_eq!(sendmsg(&client, &bytes, &mut with, SendFlags::empty()).unwrap(), 3);
+    }
+    client.write_all(b"three").unwrap();
+    let mut heard = [0; 11];
+    client.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, b"onetwothree");
+    drop(writer);
+    rustix::io::ioctl_fionbio(&reader, true).unwrap();
+    wait_for("nobody to have the other end", || matches!((&reader).read(&mut [0]), Ok(0)));
+    wait_until(&engine, "all are counted", |report| report.listeners[0].down_bytes == 11);
 }
 
 #[test]
@@ -311,7 +343,6 @@ fn ipv6_and_all_addresses_of_a_host() {
 
 #[test]
 fn a_backend_that_reads_no_more_is_heard_to_its_end() {
-    use std::os::unix::net::UnixListener;
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("backend");
     let listener = UnixListener::bind(&path).unwrap();
