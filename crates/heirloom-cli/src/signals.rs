@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::Context;
+use heirloom_sys::SignalMask;
 use rustix::net::{RecvFlags, recv};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::low_level::pipe;
@@ -34,7 +35,7 @@ impl Signals {
         };
         let signals =
             || -> io::Result<Signals> { Ok(Signals { stop: watch(stop)?, upgrade: watch(upgrade)? }) };
-        signals().context("cannot watch for signals")
+        undisturbed(signals).context("cannot watch for signals")
     }
 
     /// Readable when somebody asks for a stop.
@@ -63,6 +64,15 @@ impl Signals {
     }
 }
 
+/// Sets handlers up. signal-hook has a handler before it knows what that is to do: whoever comes in between would not be heard, and
+/// comes afterwards instead. No other thread may get signals by then.
+pub(crate) fn undisturbed<T>(set_up: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let mask = SignalMask::block_all()?;
+    let set = set_up();
+    mask.set()?;
+    set
+}
+
 fn watch(signals: &[i32]) -> io::Result<UnixStream> {
     let (receiver, sender) = UnixStream::pair()?;
     for &signal in signals {
@@ -81,6 +91,8 @@ fn take(receiver: &UnixStream) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use signal_hook::consts::SIGUSR1;
+
     use super::*;
 
     #[test]
@@ -94,5 +106,16 @@ mod tests {
         signal_hook::low_level::raise(SIGHUP).unwrap();
         assert!(signals.stop_waits());
         assert!(signals.take_stop() && !signals.take_stop() && !signals.take_upgrade());
+    }
+
+    #[test]
+    fn whoever_comes_while_handlers_are_set_up_is_heard_afterwards() {
+        let heard = undisturbed(|| {
+            signal_hook::low_level::raise(SIGUSR1)?;
+            let heard = watch(&[SIGUSR1])?;
+            assert!(!take(&heard));
+            Ok(heard)
+        });
+        assert!(take(&heard.unwrap()));
     }
 }

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use crate::signals::undisturbed;
+
 /// How long the demonstration waits for anything before it gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -156,10 +158,13 @@ static INTERRUPTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 /// From now on a signal ends the next wait with an error, so that everything is cleaned up.
 pub(super) fn watch_signals() -> anyhow::Result<()> {
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, INTERRUPTED.clone()).context("cannot watch for signals")?;
-    }
-    Ok(())
+    let set_up = || {
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            signal_hook::flag::register(signal, INTERRUPTED.clone())?;
+        }
+        Ok(())
+    };
+    undisturbed(set_up).context("cannot watch for signals")
 }
 
 /// Waits until the condition is true.
