@@ -239,6 +239,9 @@ fn ended_by_itself(successor: &mut Process, incumbent: &mut Process) {
     assert!(incumbent.is_running(), "{}", incumbent.stderr());
 }
 
+/// How often the test asks for the lock before it looks whether the incumbent has gone.
+const ASKED: u32 = 16;
+
 /// The program is stopped between Accept and Taken: it is kept from the lock, which the test takes before it can.
 #[test]
 fn the_program_stopped_while_it_waits_for_the_lock_ends_when_it_is_continued() {
@@ -248,19 +251,23 @@ fn the_program_stopped_while_it_waits_for_the_lock_ends_when_it_is_continued() {
     let mut outputs = vec![Process::start(&mut chat(stream.address(), &control, &[]))];
     wait_until_connected(&control);
     let (mut stopped, mut tries) = (0, 0);
-    while stopped < 3 {
+    let since = Instant::now();
+    // On a loaded machine it takes many tries, and one that comes off is enough.
+    while stopped < 3 && (stopped == 0 || since.elapsed() < LONG) {
         tries += 1;
-        assert!(tries < 100, "the test never gets the lock");
+        assert!(since.elapsed() < 5 * LONG, "the test never gets the lock, in {tries} tries");
         let mut file = LockFile::open(lock_path(&control)).expect("the lock file");
         let mut successor = Process::start(&mut chat(stream.address(), &control, &["--replace", "must"]));
         let incumbent = outputs.last_mut().expect("one");
         // The two ask for it at the same time, and the one that asks more often mostly gets it.
+        let mut asked = 0_u32;
         let lock = loop {
             match file.try_lock() {
                 Ok(lock) => break Some(lock),
                 Err((back, _)) => file = back,
             }
-            if !incumbent.is_running() {
+            asked += 1;
+            if asked.is_multiple_of(ASKED) && !incumbent.is_running() {
                 break None;
             }
         };

@@ -175,7 +175,8 @@ impl Proxy {
         });
         let pid = self.status().pid;
         assert_eq!(pid, self.started.last().expect("just started").id());
-        assert_eq!(threads_that_serve(pid), threads);
+        // A thread gives itself its name when it first runs.
+        wait_for("its loops", || threads_that_serve(pid) == threads);
     }
 
     /// Upgrades to another program.
