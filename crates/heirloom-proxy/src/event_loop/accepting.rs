@@ -65,7 +65,8 @@ impl EventLoop {
                 return;
             }
             if !table.admit(door.listener) {
-                // Another loop was faster: is there room still?
+                // Another loop was faster: is there room still? While this was tried, there seemed to be less.
+                shared.wake_waiting();
                 continue;
             }
             let accepted = socket::accept(&door.socket, door.kind);
