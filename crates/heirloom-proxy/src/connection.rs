@@ -53,7 +53,7 @@ pub(crate) struct Connection {
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// All backends are full.
+    /// There is no backend for it: the one that it would have had has gone with the configuration, and all others are full.
     Waiting,
     Connecting,
     Relaying,
@@ -136,12 +136,12 @@ pub(crate) enum Next {
 }
 
 impl Connection {
-    /// Just accepted.
+    /// Just accepted, and not connected yet.
     pub(crate) fn new(listener: usize, client: Socket, from: Option<SocketAddr>, now: Time) -> Connection {
         Connection {
             listener,
             backend: None,
-            stage: Stage::Waiting,
+            stage: Stage::Connecting,
             client,
             server: None,
             up: Flow::default(),

@@ -141,6 +141,11 @@ pub(crate) struct ConnectionState {
 }
 
 impl ConnectionState {
+    /// Whether it waits for a backend.
+    pub(crate) fn waits(&self) -> bool {
+        ![CONNECTING, RELAYING].contains(&self.stage)
+    }
+
     /// Whether it does nothing before one of its sockets tells of something to read.
     pub(crate) fn is_calm(&self) -> bool {
         self.stage == RELAYING && [&self.up, &self.down].iter().all(|flow| flow.is_calm())

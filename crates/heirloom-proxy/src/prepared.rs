@@ -316,12 +316,18 @@ impl Table {
         self.open.add();
         self.listeners[state.listener].open.add();
         state.backend.iter().for_each(|&backend| self.backends[backend].open.add());
+        if state.waits() {
+            self.count_waiting(state.listener, true);
+        }
     }
 
     pub(crate) fn discount(&self, state: &ConnectionState) {
         self.open.remove();
         self.listeners[state.listener].open.remove();
         state.backend.iter().for_each(|&backend| self.backends[backend].open.remove());
+        if state.waits() {
+            self.count_waiting(state.listener, false);
+        }
     }
 }
 

@@ -72,8 +72,8 @@ impl Shared {
     }
 
     /// A connection that was to be accepted did not come.
-    pub(crate) fn withdraw(&self, listener: usize) {
-        self.table.dismiss(listener);
+    pub(crate) fn withdraw(&self, listener: usize, backend: usize) {
+        self.table.dismiss(listener, backend);
         self.wake_waiting();
     }
 

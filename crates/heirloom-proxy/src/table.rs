@@ -54,11 +54,8 @@ impl Gauge {
 
     /// One more, unless there are too many.
     pub(crate) fn try_add(&self) -> bool {
-        let added = self.now.fetch_add(1, Ordering::SeqCst) < self.most;
-        if !added {
-            self.remove();
-        }
-        added
+        let more = |now| (now < self.most).then_some(now + 1);
+        self.now.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
     }
 
     pub(crate) fn remove(&self) {
@@ -116,6 +113,8 @@ pub(crate) struct Pool {
     /// Its places in [`Table::backends`].
     pub(crate) backends: Vec<usize>,
     next: AtomicUsize,
+    /// How many connections there are for which it has no backend.
+    waiting: AtomicUsize,
 }
 
 /// A backend, configured or not.
@@ -154,6 +153,7 @@ impl Table {
                     tcp: TcpOptions { nodelay: pool.nodelay, keepalive: pool.keepalive },
                     backends: (first..backends.len()).collect(),
                     next: AtomicUsize::new(0),
+                    waiting: AtomicUsize::new(0),
                 }
             })
             .collect();
@@ -226,27 +226,55 @@ impl Table {
         self.waiting.load(Ordering::SeqCst) && self.waiting.swap(false, Ordering::SeqCst)
     }
 
-    /// Whether a listener may have one more connection.
+    /// Whether a listener may have one more connection. Nobody new overtakes those who wait for the same backends.
     pub(crate) fn has_room(&self, listener: usize) -> bool {
+        let is_for_new = |pool: &Pool| pool.waiting.load(Ordering::SeqCst) == 0;
+        self.open.has_room()
+            && self.listeners[listener].open.has_room()
+            && self.pool(listener).is_some_and(is_for_new)
+            && self.has_backend(listener)
+    }
+
+    /// Whether a backend may have one more connection of this listener.
+    pub(crate) fn has_backend(&self, listener: usize) -> bool {
         let has_room = |backend: &usize| self.backends[*backend].open.has_room();
-        let backends = self.pool(listener).map_or(&[][..], |pool| &pool.backends);
-        self.open.has_room() && self.listeners[listener].open.has_room() && backends.iter().any(has_room)
+        self.pool(listener).is_some_and(|pool| pool.backends.iter().any(has_room))
     }
 
-    /// Counts one more connection of a listener, unless there are too many.
-    pub(crate) fn admit(&self, listener: usize) -> bool {
-        let of_all = self.open.try_add();
-        let admitted = of_all && self.listeners[listener].open.try_add();
-        if of_all && !admitted {
-            self.open.remove();
+    /// Counts one more connection of a listener, and chooses the backend that it will have, unless there are too many. So whoever is
+    /// accepted has a place: those for whom there is none wait in the kernel, in the order in which they came.
+    pub(crate) fn admit(&self, listener: usize) -> Option<usize> {
+        if !self.open.try_add() {
+            return None;
         }
-        admitted
+        if self.listeners[listener].open.try_add() {
+            if let Some(backend) = self.choose(listener, &[]) {
+                return Some(backend);
+            }
+            self.listeners[listener].open.remove();
+        }
+        self.open.remove();
+        None
     }
 
-    /// One less.
-    pub(crate) fn dismiss(&self, listener: usize) {
+    /// Nobody came for whom this backend was chosen: one less, and it is the next one's turn.
+    pub(crate) fn dismiss(&self, listener: usize, backend: usize) {
+        if let Some(pool) = self.pool(listener) {
+            pool.next.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.backends[backend].open.remove();
         self.listeners[listener].open.remove();
         self.open.remove();
+    }
+
+    /// A connection of this listener begins to wait for a backend, or ends to.
+    pub(crate) fn count_waiting(&self, listener: usize, waits: bool) {
+        let Some(pool) = self.pool(listener) else { return };
+        if waits {
+            pool.waiting.fetch_add(1, Ordering::SeqCst);
+        } else {
+            pool.waiting.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 
     /// Chooses a backend for a connection of this listener, and counts the connection to it. Those in `not` have failed. `None`:
@@ -345,6 +373,24 @@ mod tests {
         table.backends[1].open.remove();
         assert_eq!(table.choose(0, &[0, 2]), Some(1));
         assert_eq!(table.pools[0].tries, 3);
+    }
+
+    #[test]
+    fn who_is_admitted_has_a_backend_and_who_does_not_come_takes_nobodys_turn() {
+        let table = table(Balance::RoundRobin, [Some(1); 3]);
+        for expected in 0..2 {
+            assert_eq!(table.admit(0), Some(expected));
+            let came_to_nothing = table.admit(0).unwrap();
+            assert_eq!(came_to_nothing, expected + 1);
+            table.dismiss(0, came_to_nothing);
+        }
+        table.count_waiting(0, true);
+        assert!(!table.has_room(0) && table.has_backend(0));
+        table.count_waiting(0, false);
+        assert!(table.has_room(0));
+        assert_eq!((table.admit(0), table.admit(0)), (Some(2), None));
+        assert!(!table.has_room(0) && !table.has_backend(0));
+        assert_eq!((table.open.now(), table.listeners[0].open.now()), (3, 3));
     }
 
     #[test]

@@ -4,12 +4,14 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::thread;
 
 use heirloom_proxy::Report;
 use heirloom_proxy::address::Address;
 use heirloom_proxy::config::{AccessFormat, AccessLog};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use support::*;
 
 #[test]
@@ -160,6 +162,57 @@ fn a_backend_that_leaves_the_configuration_keeps_its_connections_for_the_time_to
     assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
     wait_until(&engine, "it has ended", |report| report.connections == 0);
     assert_eq!(engine.report().backends.len(), 1);
+}
+
+#[test]
+fn who_has_no_backend_any_more_gets_another_and_nobody_new_overtakes() {
+    let to = backend(echo);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("full");
+    let full = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&full, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    rustix::net::listen(&full, 0).unwrap();
+    let _in_queue = UnixStream::connect(&path).unwrap();
+    let config = |pool: &str, more: &str| {
+        config(&format!(
+            "threads = 2
+            [[listener]]
+            name = \"moves\"
+            listen = \"127.0.0.1:0\"
+            pool = \"{pool}\"
+            [[listener]]
+            name = \"stays\"
+            listen = \"127.0.0.2:0\"
+            pool = \"one\"
+            [pool.one]
+            backends = [{{ address = \"{to}\", max_connections = 1 }}]
+            {more}"
+        ))
+    };
+    let other = format!("[pool.full]\nbackends = [\"unix:{}\"]\nconnect_timeout = \"1h\"", path.display());
+    let engine = fresh(config("full", &other));
+    let [moves, stays] = [0, 1].map(|at| engine.report().listeners[at].address.parse().unwrap());
+    let mut first = connect(stays);
+    talk(&mut first, "first");
+    let mut second = connect(moves);
+    second.write_all(b"second").unwrap();
+    wait_until(&engine, "it has no backend yet", |report| report.listeners[0].connections == 1);
+    let engine = hand_over(engine, config("one", ""), || {});
+    let mut rest: Vec<_> = (0..6).map(|n| connect(if n % 2 == 0 { moves } else { stays })).collect();
+    rest.iter_mut().for_each(|client| client.write_all(b"rest").unwrap());
+    talk(&mut first, "still");
+    wait_until(&engine, "one is served, and one waits", |report| report.connections == 2);
+    drop(first);
+    hear(&mut second, "second");
+    assert_eq!(engine.report().backends[0].total_connections, 2);
+    drop(second);
+    // These wait at two listeners: whichever is served goes, and makes room for the next.
+    rest.iter().for_each(|client| client.set_nonblocking(true).unwrap());
+    wait_for("all to be served", || {
+        rest.retain_mut(|client| client.read(&mut [0; 4]).is_err());
+        rest.is_empty()
+    });
+    wait_until(&engine, "all have ended", |report| report.connections == 0);
 }
 
 /// What somebody does at one moment of a handover.

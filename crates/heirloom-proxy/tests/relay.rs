@@ -172,16 +172,16 @@ fn at_a_limit_clients_wait_until_somebody_has_gone() {
             simple(&[to], limit)
         };
         let engine = fresh(config);
-        let mut clients: Vec<_> = (0..5).map(|_| connect(address(&engine))).collect();
+        let mut clients: Vec<_> = (0..20).map(|_| connect(address(&engine))).collect();
         clients.iter_mut().for_each(|client| client.write_all(b"me").unwrap());
         wait_until(&engine, "two are served", |report| report.listeners[0].down_bytes == 4);
         assert_eq!(engine.report().backends[0].connections, 2);
-        // Whoever is served goes, and makes room for the next.
+        // Whoever is served goes, and makes room for the next, in the order in which they came.
         for mut client in clients {
             hear(&mut client, "me");
         }
         wait_until(&engine, "all have ended", |report| report.connections == 0);
-        assert_eq!(engine.report().listeners[0].down_bytes, 10);
+        assert_eq!(engine.report().listeners[0].down_bytes, 40);
     }
 }
 

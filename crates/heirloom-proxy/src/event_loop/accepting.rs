@@ -48,11 +48,6 @@ impl EventLoop {
                 return;
             }
             let listener = &table.listeners[door.listener];
-            // Nobody overtakes those who wait for the same backends.
-            let mut waiting = self.waiting.iter().filter_map(|key| self.connections.get(key));
-            if waiting.any(|one| table.listeners[one.listener].pool == listener.pool) {
-                return;
-            }
             if !table.has_room(door.listener) {
                 table.announce_waiting();
                 if !table.has_room(door.listener) {
@@ -64,14 +59,14 @@ impl EventLoop {
                 door.ready = false;
                 return;
             }
-            if !table.admit(door.listener) {
+            let Some(backend) = table.admit(door.listener) else {
                 // Another loop was faster: is there room still? While this was tried, there seemed to be less.
                 shared.wake_waiting();
                 continue;
-            }
+            };
             let accepted = socket::accept(&door.socket, door.kind);
             if accepted.is_err() {
-                shared.withdraw(door.listener);
+                shared.withdraw(door.listener, backend);
             }
             match accepted {
                 Ok((client, from)) => {
@@ -80,7 +75,8 @@ impl EventLoop {
                     }
                     listener.traffic.connections.fetch_add(1, Ordering::Relaxed);
                     shared.loops[self.number].load.fetch_add(1, Ordering::Relaxed);
-                    let connection = Connection::new(door.listener, client, from, self.now);
+                    let mut connection = Connection::new(door.listener, client, from, self.now);
+                    connection.backend = Some(backend);
                     self.begin(shared.keys.take(), connection);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

@@ -60,8 +60,9 @@ impl EventLoop {
         loop {
             let Some(connection) = self.connections.get_mut(&key) else { return };
             let Some(pool) = table.pool(connection.listener) else { return self.end(key, How::Refused) };
+            let waited = connection.stage == Stage::Waiting;
             let chosen = match connection.backend {
-                // The same again.
+                // The same, again or as it was accepted for it.
                 Some(backend) => Some(backend),
                 None if connection.tried.len() >= pool.tries => return self.end(key, How::Refused),
                 None => table.choose(connection.listener, &connection.tried),
@@ -72,17 +73,30 @@ impl EventLoop {
                 }
                 connection.stage = Stage::Waiting;
                 self.waiting.push_back(key);
+                if !waited {
+                    table.count_waiting(connection.listener, true);
+                }
                 table.announce_waiting();
                 // One may have become free before that was heard.
-                self.more |= table.has_room(connection.listener);
+                self.more |= table.has_backend(connection.listener);
                 return;
             };
+            let Some(place) = &table.backends[backend].place else {
+                // A connection is kept with it, but none is begun.
+                table.backends[backend].open.remove();
+                connection.backend = None;
+                continue;
+            };
+            if waited {
+                table.count_waiting(connection.listener, false);
+                // Those who have come since then may be let in.
+                shared.wake_waiting();
+            }
             if connection.backend.is_none() || connection.until.is_none() {
                 connection.until = Some(self.now.saturating_add(pool.connect_within));
             }
             connection.backend = Some(backend);
             connection.stage = Stage::Connecting;
-            let Some(place) = &table.backends[backend].place else { return self.end(key, How::Refused) };
             let error = match Socket::connect(place, pool.tcp) {
                 Ok(socket) if socket.is_its_own_peer(place) => Errno::CONNREFUSED.into(),
                 Ok(socket) => match register(&self.registry, socket.as_fd(), token(key.second()), BOTH) {

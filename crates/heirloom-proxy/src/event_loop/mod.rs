@@ -351,6 +351,9 @@ impl EventLoop {
         if let Some(backend) = connection.backend {
             table.backends[backend].open.remove();
         }
+        if connection.stage == Stage::Waiting {
+            table.count_waiting(connection.listener, false);
+        }
         listener.open.remove();
         table.open.remove();
         let post = &shared.loops[self.number];
