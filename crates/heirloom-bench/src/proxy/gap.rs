@@ -107,17 +107,19 @@ impl Sampled {
             self.clients.tell(&Task::Begin)?;
             std::thread::sleep(MARGIN);
             self.proxy.ask(&handover)?;
-            if self.contender.is_ours() {
-                handover.is_over(PATIENCE)?;
+            let is_over = if self.contender.is_ours() {
+                handover.is_over(PATIENCE)?
             } else {
                 std::thread::sleep(WAIT);
-            }
+                true
+            };
             std::thread::sleep(MARGIN);
             let watched = began.elapsed();
             let with = self.end()?;
             let has_begun = self.proxy.has_begun(&handover)?;
             std::thread::sleep(SETTLE);
             if has_begun {
+                anyhow::ensure!(is_over, "the process before was still there after {PATIENCE:?}");
                 return Ok((with, watched));
             }
             self.proxy.say_not_heeded();
