@@ -40,6 +40,8 @@ pub(crate) struct Connection {
     pub(crate) failed: Sides,
     /// Which sockets are registered for writing, too.
     pub(crate) watched: Sides,
+    /// It cannot be connected for want of a descriptor.
+    pub(crate) lacks: bool,
     /// It is among those that have their turn next.
     pub(crate) queued: bool,
     /// It is counted to its loop.
@@ -155,6 +157,7 @@ impl Connection {
             timer: None,
             failed: Sides::default(),
             watched: Sides::default(),
+            lacks: false,
             queued: false,
             settled: false,
             offered: false,

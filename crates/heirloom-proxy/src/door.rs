@@ -1,6 +1,6 @@
 //! A listener as a loop serves it: who waits is accepted while there is room, and else waits in the kernel.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::{io, mem};
 
@@ -8,6 +8,7 @@ use heirloom::Kind;
 use heirloom_sys::accept_queue;
 use mio::Registry;
 use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::clock::Time;
 use crate::id::{Key, token};
@@ -40,13 +41,23 @@ pub(crate) enum Watch {
     Alone,
 }
 
-/// How many wait at a listener.
+/// Who waits at a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Queue {
     /// At least so many; of others the poller tells.
-    Known(usize),
-    /// Until none is left.
-    Unknown,
+    Counted(usize),
+    /// At least one. Of others nothing is known.
+    Somebody,
+}
+
+impl Queue {
+    /// When one was accepted. `None`: it is to be asked for again.
+    pub(crate) fn without_one(self) -> Option<Queue> {
+        match self {
+            Queue::Counted(count) => Some(Queue::Counted(count.saturating_sub(1))),
+            Queue::Somebody => None,
+        }
+    }
 }
 
 impl Door {
@@ -81,10 +92,13 @@ impl Door {
 
     /// Who waits now. To find by accept(2) that nobody does costs as much as a tenth of a short connection.
     pub(crate) fn queue(&self) -> Queue {
-        match self.kind {
-            Kind::TcpListener => accept_queue(&self.socket).map_or(Queue::Unknown, Queue::Known),
-            _ => Queue::Unknown,
-        }
+        let known = match self.kind {
+            Kind::TcpListener => accept_queue(&self.socket).map(Queue::Counted),
+            _ => is_readable(&self.socket)
+                .map(|readable| if readable { Queue::Somebody } else { Queue::Counted(0) }),
+        };
+        // If nobody does, accept(2) tells of it.
+        known.unwrap_or(Queue::Somebody)
     }
 
     /// Whether to try to accept.
@@ -92,6 +106,10 @@ impl Door {
         self.resting.take_if(|at| *at <= now);
         self.ready && self.resting.is_none()
     }
+}
+
+fn is_readable(socket: impl AsFd) -> io::Result<bool> {
+    Ok(poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&Timespec::default()))? > 0)
 }
 
 #[cfg(test)]
@@ -124,7 +142,7 @@ mod tests {
         let [mut one, mut two] = [(); 2].map(|()| Poll::new().unwrap());
         let come = || TcpStream::connect(at).unwrap();
         let _first = come();
-        assert_eq!((told(&mut one, &home), home.queue()), (0, Queue::Known(1)));
+        assert_eq!((told(&mut one, &home), home.queue()), (0, Queue::Counted(1)));
         home.watch(one.registry(), Watch::Shared).unwrap();
         other.watch(two.registry(), Watch::Shared).unwrap();
         // Nobody waits in them, so that both are told.
@@ -134,7 +152,7 @@ mod tests {
         assert_eq!((told(&mut one, &home), told(&mut two, &other)), (1, 1));
         other.watch(two.registry(), Watch::Not).unwrap();
         home.watch(one.registry(), Watch::Alone).unwrap();
-        assert_eq!((told(&mut one, &home), home.queue()), (1, Queue::Known(2)));
+        assert_eq!((told(&mut one, &home), home.queue()), (1, Queue::Counted(2)));
         let _third = come();
         assert_eq!((told(&mut one, &home), told(&mut two, &other)), (1, 0));
         other.watch(two.registry(), Watch::Shared).unwrap();

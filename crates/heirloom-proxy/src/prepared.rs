@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::thread;
 use std::{io, mem};
 
@@ -254,6 +254,7 @@ impl Prepared {
             loops: posts.collect::<io::Result<_>>()?,
             access: self.access.take(),
             short_until: AtomicU64::new(0),
+            lacking: AtomicUsize::new(0),
         });
         let threads = self.spawn(shared)?;
         let Prepared { config, registered, homes, .. } = self;

@@ -8,7 +8,7 @@ use std::{fmt, io};
 use mio::{Poll, Registry, Waker};
 
 use crate::access::{AccessRecord, AccessWriter, End};
-use crate::clock::{Time, nanoseconds, unix_ms};
+use crate::clock::{self, Time, nanoseconds, unix_ms};
 use crate::connection::{Connection, How};
 use crate::event_loop::WAKE;
 use crate::gate::Gate;
@@ -24,8 +24,10 @@ pub(crate) struct Shared {
     pub(crate) gate: Gate,
     pub(crate) loops: Vec<Post>,
     pub(crate) access: Option<AccessWriter>,
-    /// Until then nobody is accepted: there are no descriptors, and those who are accepted already need them.
+    /// Until then nobody is accepted: there are no descriptors.
     pub(crate) short_until: AtomicU64,
+    /// How many connections there are that lack a descriptor. Nobody is accepted meanwhile, for they come first.
+    pub(crate) lacking: AtomicUsize,
 }
 
 /// How a loop is reached by others.
@@ -58,7 +60,7 @@ impl Post {
     }
 }
 
-/// How long nobody is accepted when descriptors are used up: those who are accepted already need some, too.
+/// How long nobody is accepted when descriptors are used up.
 const REST: Duration = Duration::from_millis(50);
 /// When it is said again.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
@@ -78,11 +80,27 @@ impl Shared {
     }
 
     /// Descriptors are used up: nobody is accepted for a while.
-    pub(crate) fn note_shortage(&self, now: Time, error: &io::Error) {
+    pub(crate) fn note_shortage(&self, error: &io::Error) {
+        let now = clock::now();
         let before = self.short_until.swap(now + nanoseconds(REST), Ordering::Relaxed);
         if before.saturating_add(nanoseconds(SAY_AGAIN)) < now {
             tracing::warn!(%error, "descriptors are used up: clients wait to be accepted");
         }
+    }
+
+    /// A connection begins to lack a descriptor, or ends to.
+    pub(crate) fn count_lacking(&self, lacks: bool) {
+        if lacks {
+            self.lacking.fetch_add(1, Ordering::SeqCst);
+        } else {
+            self.lacking.fetch_sub(1, Ordering::SeqCst);
+            self.wake_waiting();
+        }
+    }
+
+    /// Whether one may be accepted.
+    pub(crate) fn has_room(&self, listener: usize) -> bool {
+        self.lacking.load(Ordering::SeqCst) == 0 && self.table.has_room(listener)
     }
 
     /// Something has ended for which somebody may wait.

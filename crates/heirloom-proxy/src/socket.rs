@@ -48,26 +48,31 @@ impl Socket {
         Socket { descriptor: Arc::new(descriptor), tcp: kind == Kind::TcpStream }
     }
 
-    /// Begins to connect. `WouldBlock`: the queue of a UNIX socket is full, and nothing will tell when it is not.
-    pub(crate) fn connect(place: &Place, options: TcpOptions) -> io::Result<Socket> {
-        let (descriptor, tcp, begun) = match place {
+    /// One with which a backend can be connected to.
+    pub(crate) fn to(place: &Place, options: TcpOptions) -> io::Result<Socket> {
+        let new = |family| net::socket_with(family, SocketType::STREAM, FLAGS, None);
+        match place {
             Place::Tcp(address) => {
-                let family = family(address);
-                let descriptor = net::socket_with(family, SocketType::STREAM, FLAGS, None)?;
+                let descriptor = new(family(address))?;
                 set(&descriptor, options)?;
-                let begun = net::connect(&descriptor, address);
-                (descriptor, true, begun)
+                Ok(Socket::new(descriptor, Kind::TcpStream))
             }
-            Place::Unix(path) => {
-                let address = SocketAddrUnix::new(path)?;
-                let descriptor = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)?;
+            Place::Unix(_) => {
+                let descriptor = new(AddressFamily::UNIX)?;
                 sockopt::set_socket_oobinline(&descriptor, true)?;
-                let begun = net::connect(&descriptor, &address);
-                (descriptor, false, begun)
+                Ok(Socket::new(descriptor, Kind::UnixStream))
             }
+        }
+    }
+
+    /// Begins to connect. `WouldBlock`: the queue of a UNIX socket is full, and nothing will tell when it is not.
+    pub(crate) fn connect(&self, place: &Place) -> io::Result<()> {
+        let begun = match place {
+            Place::Tcp(address) => net::connect(&self.descriptor, address),
+            Place::Unix(path) => net::connect(&self.descriptor, &SocketAddrUnix::new(path)?),
         };
         match begun {
-            Ok(()) | Err(Errno::INPROGRESS) => Ok(Socket { descriptor: Arc::new(descriptor), tcp }),
+            Ok(()) | Err(Errno::INPROGRESS) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::connecting::socket_for;
 use super::{EventLoop, is_shortage};
 use crate::clock::nanoseconds;
 use crate::connection::Connection;
@@ -48,14 +49,14 @@ impl EventLoop {
                 return;
             }
             let listener = &table.listeners[door.listener];
-            if !table.has_room(door.listener) {
+            if !shared.has_room(door.listener) {
                 table.announce_waiting();
-                if !table.has_room(door.listener) {
+                if !shared.has_room(door.listener) {
                     return;
                 }
             }
-            let queue = queue.get_or_insert_with(|| door.queue());
-            if *queue == Queue::Known(0) {
+            let waiting = *queue.get_or_insert_with(|| door.queue());
+            if waiting == Queue::Counted(0) {
                 door.ready = false;
                 return;
             }
@@ -64,30 +65,34 @@ impl EventLoop {
                 shared.wake_waiting();
                 continue;
             };
-            let accepted = socket::accept(&door.socket, door.kind);
+            // Another loop may take the last descriptor meanwhile: whoever is accepted has all that it needs.
+            let server = socket_for(table, door.listener, backend);
+            let (server, accepted) = match server {
+                Err(error) if is_shortage(&error) => (None, Err(error)),
+                // What else is wrong is seen again when it is tried to connect.
+                server => (server.ok(), socket::accept(&door.socket, door.kind)),
+            };
             if accepted.is_err() {
                 shared.withdraw(door.listener, backend);
             }
             match accepted {
                 Ok((client, from)) => {
-                    if let Queue::Known(waiting) = queue {
-                        *waiting -= 1;
-                    }
+                    queue = waiting.without_one();
                     listener.traffic.connections.fetch_add(1, Ordering::Relaxed);
                     shared.loops[self.number].load.fetch_add(1, Ordering::Relaxed);
                     let mut connection = Connection::new(door.listener, client, from, self.now);
                     connection.backend = Some(backend);
-                    self.begin(shared.keys.take(), connection);
+                    self.begin(shared.keys.take(), connection, server);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     door.ready = false;
                     return;
                 }
                 Err(error) if is_shortage(&error) => {
-                    shared.note_shortage(self.now, &error);
+                    shared.note_shortage(&error);
                 }
                 // That one has gone before it was accepted.
-                Err(error) if is_of_one(&error) => *queue = Queue::Unknown,
+                Err(error) if is_of_one(&error) => queue = None,
                 Err(error) => {
                     tracing::error!(listener = %listener.name, %error, "cannot accept");
                     door.resting = Some(self.now + nanoseconds(FAILED_REST));

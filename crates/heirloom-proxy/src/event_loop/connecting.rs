@@ -16,21 +16,29 @@ use crate::connection::{Connection, How, Stage};
 use crate::flow::Flow;
 use crate::id::{Key, Side, token};
 use crate::socket::{BOTH, Socket};
+use crate::table::Table;
 
 /// When a backend is tried again that is a UNIX socket with a full queue, of which nothing tells.
 const AGAIN: Duration = Duration::from_millis(5);
 /// When it is tried again where descriptors are used up: before more clients are accepted.
 const SHORT_AGAIN: Duration = Duration::from_millis(20);
 
+/// A socket for this backend of a listener.
+pub(super) fn socket_for(table: &Table, listener: usize, backend: usize) -> io::Result<Socket> {
+    let place = table.backends[backend].place.as_ref();
+    let (pool, place) = table.pool(listener).zip(place).ok_or(io::ErrorKind::NotFound)?;
+    Socket::to(place, pool.tcp)
+}
+
 impl EventLoop {
-    /// Takes in a connection that was just accepted. What its client says meanwhile is told once, and known when there is a
-    /// backend for it.
-    pub(super) fn begin(&mut self, key: Key, connection: Connection) {
+    /// Takes in a connection that was just accepted, with the socket for its backend. What its client says meanwhile is told once,
+    /// and known when it is connected.
+    pub(super) fn begin(&mut self, key: Key, connection: Connection, server: Option<Socket>) {
         self.connections.insert(key, Box::new(connection));
         self.touch(key);
         self.note_young(key);
         if self.watch_client(key) {
-            self.connect(key);
+            self.connect_with(key, server);
         }
     }
 
@@ -55,6 +63,11 @@ impl EventLoop {
 
     /// Tries backends until one is being connected to.
     pub(super) fn connect(&mut self, key: Key) {
+        self.connect_with(key, None);
+    }
+
+    /// The same, with this socket for the first one.
+    fn connect_with(&mut self, key: Key, mut socket: Option<Socket>) {
         let shared = Arc::clone(&self.shared);
         let table = &shared.table;
         loop {
@@ -97,7 +110,13 @@ impl EventLoop {
             }
             connection.backend = Some(backend);
             connection.stage = Stage::Connecting;
-            let error = match Socket::connect(place, pool.tcp) {
+            let socket = socket.take().map_or_else(|| Socket::to(place, pool.tcp), Ok);
+            let begun = socket.and_then(|socket| socket.connect(place).map(|()| socket));
+            let lacks = begun.as_ref().is_err_and(is_shortage);
+            if mem::replace(&mut connection.lacks, lacks) != lacks {
+                shared.count_lacking(lacks);
+            }
+            let error = match begun {
                 Ok(socket) if socket.is_its_own_peer(place) => Errno::CONNREFUSED.into(),
                 Ok(socket) => match register(&self.registry, socket.as_fd(), token(key.second()), BOTH) {
                     Ok(()) => {
@@ -110,7 +129,7 @@ impl EventLoop {
                 Err(error) => error,
             };
             if is_shortage(&error) {
-                shared.note_shortage(self.now, &error);
+                shared.note_shortage(&error);
                 // The backend's time has not begun.
                 connection.until = None;
                 let again = Some(self.now + nanoseconds(SHORT_AGAIN));

@@ -262,7 +262,7 @@ impl EventLoop {
             Next::Starve => {
                 if self.pipes.lent() < self.pipes.limit() {
                     // There might be more of them, if there were descriptors.
-                    shared.note_shortage(self.now, &Errno::MFILE.into());
+                    shared.note_shortage(&Errno::MFILE.into());
                 }
                 return self.starving.push_back(key);
             }
@@ -350,6 +350,9 @@ impl EventLoop {
         }
         if let Some(backend) = connection.backend {
             table.backends[backend].open.remove();
+        }
+        if connection.lacks {
+            shared.count_lacking(false);
         }
         if connection.stage == Stage::Waiting {
             table.count_waiting(connection.listener, false);
