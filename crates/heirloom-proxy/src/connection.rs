@@ -55,7 +55,7 @@ pub(crate) struct Connection {
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// There is no backend for it: the one that it would have had has gone with the configuration, and all others are full.
+    /// There is no backend for it: the one that it would have had has failed or gone with the configuration, and all others are full.
     Waiting,
     Connecting,
     Relaying,

@@ -232,13 +232,13 @@ impl Table {
         self.open.has_room()
             && self.listeners[listener].open.has_room()
             && self.pool(listener).is_some_and(is_for_new)
-            && self.has_backend(listener)
+            && self.has_backend(listener, &[])
     }
 
-    /// Whether a backend may have one more connection of this listener.
-    pub(crate) fn has_backend(&self, listener: usize) -> bool {
-        let has_room = |backend: &usize| self.backends[*backend].open.has_room();
-        self.pool(listener).is_some_and(|pool| pool.backends.iter().any(has_room))
+    /// Whether a backend may have one more connection of this listener, and is not among these.
+    pub(crate) fn has_backend(&self, listener: usize, not: &[usize]) -> bool {
+        let would_do = |backend: &usize| !not.contains(backend) && self.backends[*backend].open.has_room();
+        self.pool(listener).is_some_and(|pool| pool.backends.iter().any(would_do))
     }
 
     /// Counts one more connection of a listener, and chooses the backend that it will have, unless there are too many. So whoever is
@@ -385,11 +385,11 @@ mod tests {
             table.dismiss(0, came_to_nothing);
         }
         table.count_waiting(0, true);
-        assert!(!table.has_room(0) && table.has_backend(0));
+        assert!(!table.has_room(0) && table.has_backend(0, &[0, 1]));
         table.count_waiting(0, false);
         assert!(table.has_room(0));
         assert_eq!((table.admit(0), table.admit(0)), (Some(2), None));
-        assert!(!table.has_room(0) && !table.has_backend(0));
+        assert!(!table.has_room(0) && !table.has_backend(0, &[]));
         assert_eq!((table.open.now(), table.listeners[0].open.now()), (3, 3));
     }
 

@@ -161,6 +161,36 @@ fn a_backend_that_refuses_is_passed_over_and_if_all_do_the_client_is_reset() {
 }
 
 #[test]
+fn who_is_refused_waits_for_a_backend_that_is_full() {
+    let (nobody, _held) = refuses();
+    let to = backend(echo);
+    let engine = fresh(config(&format!(
+        "threads = 2\n[[listener]]\nlisten = \"127.0.0.1:0\"\npool = \"p\"\n[pool.p]\n\
+         backends = [\"{nobody}\", {{ address = \"{to}\", max_connections = 1 }}]"
+    )));
+    let mut first = connect(address(&engine));
+    talk(&mut first, "first");
+    let mut rest: Vec<_> = (0..6).map(|_| connect(address(&engine))).collect();
+    rest.iter_mut().for_each(|client| client.write_all(b"rest").unwrap());
+    wait_until(&engine, "one waits", |report| report.connections > 1 && report.backends[0].failed > 0);
+    talk(&mut first, "still");
+    drop(first);
+    rest.iter().for_each(|client| client.set_nonblocking(true).unwrap());
+    wait_for("all to be served", || {
+        rest.retain_mut(|client| match client.read(&mut [0; 4]) {
+            Ok(count) => count == 0,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                true
+            }
+        });
+        rest.is_empty()
+    });
+    let report = engine.report();
+    assert_eq!((report.listeners[0].refused, report.backends[1].total_connections), (0, 7));
+}
+
+#[test]
 fn at_a_limit_clients_wait_until_somebody_has_gone() {
     for limit in ["max_connections = 2", "to_limit"] {
         let to = backend(echo);

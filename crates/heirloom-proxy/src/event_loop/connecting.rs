@@ -81,9 +81,6 @@ impl EventLoop {
                 None => table.choose(connection.listener, &connection.tried),
             };
             let Some(backend) = chosen else {
-                if !connection.tried.is_empty() {
-                    return self.end(key, How::Refused);
-                }
                 connection.stage = Stage::Waiting;
                 self.waiting.push_back(key);
                 if !waited {
@@ -91,7 +88,7 @@ impl EventLoop {
                 }
                 table.announce_waiting();
                 // One may have become free before that was heard.
-                self.more |= table.has_backend(connection.listener);
+                self.more |= table.has_backend(connection.listener, &connection.tried);
                 return;
             };
             let Some(place) = &table.backends[backend].place else {
