@@ -113,15 +113,21 @@ fn cells() -> Vec<Cell> {
         for row in TAKEOVER.iter().filter(|row| act != Act::Pause || !row.incumbent_gives_up()) {
             let crowded = matches!(row.point, Point::BatchSent | Point::BatchRead);
             let server = if crowded { Program::Crowded } else { Program::Server };
-            cells.extend([Program::Client, server].map(|program| cell(Way::Takeover, row, program)));
+            let programs = [Program::Client, server, Program::Proxy];
+            cells.extend(programs.map(|program| cell(Way::Takeover, row, program)));
         }
         for row in IN_PLACE {
-            cells.extend([Program::Client, Program::Server].map(|program| cell(Way::InPlace, row, program)));
+            let programs = [Program::Client, Program::Server, Program::Proxy];
+            cells.extend(programs.map(|program| cell(Way::InPlace, row, program)));
         }
         if act != Act::Pause {
+            // A proxy is asked first only in place.
             let preflight = IN_PLACE.iter().filter(|row| !row.point.name().starts_with("in-place"));
-            let takeover = TAKEOVER.iter().filter(|row| !row.incumbent_gives_up());
-            cells.extend(preflight.chain(takeover).map(|row| cell(Way::Beside, row, Program::Client)));
+            cells.extend(preflight.map(|row| cell(Way::Beside, row, Program::Client)));
+            for row in TAKEOVER.iter().filter(|row| !row.incumbent_gives_up()) {
+                let programs = [Program::Client, Program::Proxy];
+                cells.extend(programs.map(|program| cell(Way::Beside, row, program)));
+            }
         }
     }
     cells.sort_by_key(|cell| matches!(cell.act, Act::Kill | Act::Pause));

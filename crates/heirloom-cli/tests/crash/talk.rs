@@ -13,9 +13,9 @@ use rustix::io::ioctl_fionbio;
 
 use crate::stream::{self, Stream};
 use crate::support::ears::{Ear, last, numbered};
-use crate::support::guests::{Guest, address_of, listening};
+use crate::support::guests::{Guest, address_of, listening, serve};
 use crate::support::upgrading::Reader;
-use crate::support::{LONG, Process, chat, wait_for, wait_until_connected};
+use crate::support::{LONG, Process, Scratch, chat, heirloom, try_status, wait_for, wait_until_connected};
 
 /// The pause between two things that one says.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -31,6 +31,8 @@ pub(crate) enum Program {
     Server,
     /// `heirloom chat --listen`, with so many connected that they do not go in one batch.
     Crowded,
+    /// `heirloom proxy`, in front of a chat server that nobody touches.
+    Proxy,
 }
 
 /// The conversation.
@@ -50,10 +52,17 @@ impl Talk {
                 (Talk::Client(Box::new(client)), incumbent)
             }
             Program::Server | Program::Crowded => {
-                let incumbent = Process::start(&mut Server::command(control, "never", prepare));
+                let incumbent = Process::start(&mut Server::command(control, "never", &prepare, None));
                 let address = address_of(&incumbent);
                 let crowd = if program == Program::Crowded { CROWD } else { 0 };
-                (Talk::Server(Box::new(Server::start(address, crowd))), incumbent)
+                (Talk::Server(Box::new(Server::start(address, crowd, None))), incumbent)
+            }
+            Program::Proxy => {
+                let backend = Backend::start();
+                let mut command = Server::command(control, "never", &prepare, Some(&backend));
+                let mut incumbent = Process::start(&mut command);
+                let address = proxied_at(control, &mut incumbent);
+                (Talk::Server(Box::new(Server::start(address, 0, Some(backend)))), incumbent)
             }
         }
     }
@@ -62,7 +71,9 @@ impl Talk {
     pub(crate) fn process(&self, control: &Path, replace: &str, prepare: impl Fn(&mut Command)) -> Process {
         match self {
             Talk::Client(client) => client.process(control, replace, prepare),
-            Talk::Server(_) => Process::start(&mut Server::command(control, replace, prepare)),
+            Talk::Server(server) => {
+                Process::start(&mut Server::command(control, replace, prepare, server.behind.as_ref()))
+            }
         }
     }
 
@@ -190,21 +201,63 @@ fn typed_line(number: u64) -> String {
     numbered(1_000_000 + number)
 }
 
-/// With a chat server: two talk with each other.
+/// A chat server behind a proxy.
+pub(crate) struct Backend {
+    address: SocketAddr,
+    _process: Process,
+    _scratch: Scratch,
+}
+
+impl Backend {
+    fn start() -> Backend {
+        let scratch = Scratch::new();
+        let (process, address) = serve(&scratch.path("backend.sock"), &["--replace", "never"]);
+        Backend { address, _process: process, _scratch: scratch }
+    }
+}
+
+/// Where a proxy listens, once it serves.
+fn proxied_at(control: &Path, proxy: &mut Process) -> SocketAddr {
+    let mut address = None;
+    wait_for("the proxy to serve", || {
+        assert!(proxy.is_running(), "{}", proxy.stderr());
+        let report = try_status(control).and_then(|status| status.application);
+        address = report.and_then(|report| report["listeners"][0]["address"].as_str()?.parse().ok());
+        address.is_some()
+    });
+    address.expect("waited for")
+}
+
+/// With a chat server, or a proxy in front of one: two talk with each other.
 pub(crate) struct Server {
     address: SocketAddr,
     talkers: [Talker; 2],
     _crowd: Vec<Guest>,
+    behind: Option<Backend>,
 }
 
 impl Server {
-    fn command(control: &Path, replace: &str, prepare: impl Fn(&mut Command)) -> Command {
-        let mut command = listening("127.0.0.1:0", control, &["--replace", replace]);
+    /// The program, which is a proxy if there is something behind it.
+    fn command(
+        control: &Path,
+        replace: &str,
+        prepare: impl Fn(&mut Command),
+        behind: Option<&Backend>,
+    ) -> Command {
+        let mut command = match behind {
+            None => listening("127.0.0.1:0", control, &["--replace", replace]),
+            Some(backend) => {
+                let mut command = heirloom();
+                command.args(["proxy", "--listen", "127.0.0.1:0", "--to", &backend.address.to_string()]);
+                command.args(["--threads", "2", "--replace", replace, "--control"]).arg(control);
+                command
+            }
+        };
         prepare(&mut command);
         command
     }
 
-    fn start(address: SocketAddr, crowd: usize) -> Server {
+    fn start(address: SocketAddr, crowd: usize, behind: Option<Backend>) -> Server {
         let crowd: Vec<Guest> = (0..crowd).map(|_| Guest::join(address)).collect();
         let (one, other) = (Guest::join(address), Guest::join(address));
         let names = [one.name.clone(), other.name.clone()];
@@ -215,7 +268,7 @@ impl Server {
             Talker::start(one, Ear::default(), second, pause),
             Talker::start(other, Ear::from_the_start([&first]), first.clone(), pause),
         ];
-        Server { address, talkers, _crowd: crowd }
+        Server { address, talkers, _crowd: crowd, behind }
     }
 
     fn ends_exact(self) {
