@@ -13,10 +13,10 @@ use support::random::Random;
 
 /// How many threads that never sleep there are for each processor. Each handover gives way to others a few times, with what
 /// is done at length in between; a client waits 5 seconds for its answer.
-const FOR_EACH_PROCESSOR: usize = 60;
+const FOR_EACH_PROCESSOR: usize = 40;
 
 #[test]
-fn handovers_come_about_while_every_processor_has_sixty_threads_that_never_sleep() {
+fn handovers_come_about_while_every_processor_has_forty_threads_that_never_sleep() {
     let echo = Echo::tcp("echo");
     let mut proxy = Proxy::to(echo.address());
     let pattern = Pattern::new(&mut Random::seeded());

@@ -118,11 +118,17 @@ impl Supervised {
         Process::start(&mut upgrade).wait_for_code(0);
     }
 
-    /// Has the chat server become another program in the same process.
+    /// Has the chat server become another program in the same process, as soon as its store has everything.
     pub(crate) fn upgrade_in_place(&self) {
-        let mut upgrade = heirloom();
-        upgrade.args(["upgrade", "--in-place", "--control"]).arg(&self.chat);
-        Process::start(&mut upgrade).wait_for_code(0);
+        wait_for("its upgrade in place", || {
+            let mut upgrade = heirloom();
+            upgrade.args(["upgrade", "--in-place", "--control"]).arg(&self.chat);
+            let mut upgrade = Process::start(&mut upgrade);
+            let ended = upgrade.wait();
+            let is_early = ended.code() == Some(5) && upgrade.stderr().contains("into its store yet");
+            assert!(is_early || ended.code() == Some(0), "{ended}: {}", upgrade.stderr());
+            !is_early
+        });
     }
 
     /// What both have logged.
