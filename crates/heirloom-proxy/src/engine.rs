@@ -161,8 +161,7 @@ impl Engine {
     /// most. Everything is let go of as long as the calling thread [gives way](courtesy); what is left then is closed when this is
     /// dropped, or by the end of the process, which takes less time.
     pub fn leave(&mut self, within: Duration) {
-        self.shared.gate.abandon();
-        self.shared.loops.iter().for_each(|post| drop(post.waker.wake()));
+        self.shared.abandon();
         for (done, _) in self.lent.take().into_iter().flatten().enumerate() {
             courtesy::step(done, AT_ONCE);
         }
@@ -197,7 +196,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shared.gate.abandon();
+        self.shared.abandon();
     }
 }
 

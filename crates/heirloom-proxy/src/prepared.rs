@@ -28,7 +28,8 @@ use crate::event_loop::{self, EventLoop};
 use crate::fair::FairMutex;
 use crate::gate::Gate;
 use crate::handover::{
-    BACKEND, CLIENT, ConnectionState, DoorState, LISTENER, Moved, RELAYING, ServiceState, decode,
+    BACKEND, CLIENT, CONNECTING, ConnectionState, DoorState, LISTENER, Moved, RELAYING, ServiceState,
+    WAITING, decode,
 };
 use crate::id::{Key, KeyMap, Keys, token};
 use crate::plan::Plan;
@@ -303,6 +304,11 @@ impl Places {
         }
         if state.stage == RELAYING && !(state.has_server && state.backend.is_some()) {
             return Err("a connection that is relayed has no backend".into());
+        }
+        let is_gone = |backend: usize| table.backends[backend].place.is_none();
+        if state.stage == CONNECTING && !state.has_server && state.backend.is_some_and(is_gone) {
+            // What has begun is kept with such a backend, but nothing begins.
+            (state.stage, state.backend) = (WAITING, None);
         }
         if state.stage == RELAYING {
             state.until = drain_until(table, &state);

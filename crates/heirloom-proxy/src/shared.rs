@@ -103,6 +103,12 @@ impl Shared {
         self.lacking.load(Ordering::SeqCst) == 0 && self.table.has_room(listener)
     }
 
+    /// Has all threads end, also those that wait for events.
+    pub(crate) fn abandon(&self) {
+        self.gate.abandon();
+        self.loops.iter().for_each(|post| drop(post.waker.wake()));
+    }
+
     /// Something has ended for which somebody may wait.
     pub(crate) fn wake_waiting(&self) {
         if self.table.take_waiting() {

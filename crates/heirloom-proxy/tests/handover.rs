@@ -215,6 +215,21 @@ fn who_has_no_backend_any_more_gets_another_and_nobody_new_overtakes() {
     wait_until(&engine, "all have ended", |report| report.connections == 0);
 }
 
+#[test]
+fn a_backend_that_has_left_and_refuses_then_is_none_of_the_tries() {
+    let (leaves, socket, in_queue) = stuck();
+    let engine = fresh(simple(&[leaves], "connect_timeout = \"60s\""));
+    let mut client = connect(address(&engine));
+    client.write_all(b"hello").unwrap();
+    wait_until(&engine, "it is being connected", |report| report.backends[0].connections == 1);
+    let engine = hand_over(engine, simple(&[backend(echo)], ""), || {});
+    assert!(engine.report().backends.iter().any(|backend| !backend.configured && backend.connections == 1));
+    // The kernel asks again after a second.
+    drop((socket, in_queue));
+    hear(&mut client, "hello");
+    assert_eq!(engine.report().listeners[0].refused, 0);
+}
+
 /// What somebody does at one moment of a handover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {

@@ -130,16 +130,6 @@ fn who_does_not_read_holds_up_who_sends_and_nobody_else() {
     assert!(heard.iter().all(|byte| *byte == b'x'));
 }
 
-/// A port at which nobody listens, and which is not given to others.
-fn refuses() -> (SocketAddr, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let client = TcpStream::connect(address).unwrap();
-    let (held, _) = listener.accept().unwrap();
-    drop(client);
-    (address, held)
-}
-
 #[test]
 fn a_backend_that_refuses_is_passed_over_and_if_all_do_the_client_is_reset() {
     let (nobody, _held) = refuses();
@@ -297,16 +287,7 @@ fn descriptors_are_let_go_of_and_the_bytes_that_they_come_with_are_not() {
 
 #[test]
 fn a_backend_that_does_not_accept_in_time_is_passed_over() {
-    // Its queue is full: who comes next is not even answered.
-    let socket =
-        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
-    rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-    rustix::net::listen(&socket, 0).unwrap();
-    let stuck = SocketAddr::try_from(rustix::net::getsockname(&socket).unwrap()).unwrap();
-    let in_queue: Vec<TcpStream> = (0..2)
-        .map_while(|_| TcpStream::connect_timeout(&stuck, std::time::Duration::from_millis(200)).ok())
-        .collect();
-    assert!(!in_queue.is_empty());
+    let (stuck, _socket, _in_queue) = stuck();
     let engine = fresh(simple(&[stuck, backend(echo)], "connect_timeout = \"100ms\""));
     for _ in 0..4 {
         talk(&mut connect(address(&engine)), "hello");

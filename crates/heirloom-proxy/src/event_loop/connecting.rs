@@ -91,12 +91,7 @@ impl EventLoop {
                 self.more |= table.has_backend(connection.listener, &connection.tried);
                 return;
             };
-            let Some(place) = &table.backends[backend].place else {
-                // A connection is kept with it, but none is begun.
-                table.backends[backend].open.remove();
-                connection.backend = None;
-                continue;
-            };
+            let Some(place) = &table.backends[backend].place else { return self.end(key, How::Refused) };
             if waited {
                 table.count_waiting(connection.listener, false);
                 // Those who have come since then may be let in.
@@ -149,7 +144,10 @@ impl EventLoop {
         tracing::debug!(backend = %backend.name, address = %backend.address, %error, "cannot connect");
         backend.traffic.failed.fetch_add(1, Ordering::Relaxed);
         backend.open.remove();
-        connection.tried.push(number);
+        // One that was chosen by another configuration was none of the tries.
+        if shared.table.pool(connection.listener).is_some_and(|pool| pool.backends.contains(&number)) {
+            connection.tried.push(number);
+        }
         if let Some(socket) = connection.server.take() {
             let _ = deregister(&self.registry, socket.as_fd());
         }

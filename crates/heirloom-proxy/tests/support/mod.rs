@@ -1,6 +1,8 @@
 //! What the tests of the engine share: engines in this process, backends, and waiting for conditions.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod random;
+
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -10,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use heirloom::manifest::Changes;
 use heirloom::{Bundle, ItemId, Limits};
-use heirloom_proxy::{Config, Engine, Prepared, Report};
+use heirloom_proxy::{Config, Engine, Frozen, Prepared, Ready, Report};
+use rustix::net::{AddressFamily, SocketType};
 
 /// How long anything may take on a loaded machine before a test calls it a failure.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
@@ -76,6 +79,28 @@ pub(crate) fn backend(serve: impl Fn(TcpStream) + Clone + Send + 'static) -> Soc
     address
 }
 
+/// A port at which nobody listens, and which is not given to others.
+pub(crate) fn refuses() -> (SocketAddr, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let client = TcpStream::connect(address).unwrap();
+    let (held, _) = listener.accept().unwrap();
+    drop(client);
+    (address, held)
+}
+
+/// A listener with a full queue: who comes next is not even answered.
+pub(crate) fn stuck() -> (SocketAddr, OwnedFd, Vec<TcpStream>) {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    rustix::net::listen(&socket, 0).unwrap();
+    let address = SocketAddr::try_from(rustix::net::getsockname(&socket).unwrap()).unwrap();
+    let in_queue: Vec<TcpStream> =
+        (0..2).map_while(|_| TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok()).collect();
+    assert!(!in_queue.is_empty());
+    (address, socket, in_queue)
+}
+
 /// Sends back what it gets; what a thread sees as an error ends it.
 pub(crate) fn echo(mut stream: TcpStream) {
     let mut buffer = vec![0; 65_536];
@@ -113,12 +138,27 @@ pub(crate) fn hand_over_slowly(
     in_the_pause: impl FnOnce(),
     at_last: impl FnOnce(),
 ) -> Engine {
+    let (ready, bundle, frozen) = complete(&mut engine, config, meanwhile);
+    in_the_pause();
+    drop(frozen);
+    let next = ready.start(bundle);
+    at_last();
+    engine.leave(LONG);
+    next
+}
+
+/// Everything until there is a successor that could serve.
+pub(crate) fn complete(
+    engine: &mut Engine,
+    config: Config,
+    meanwhile: impl FnOnce(),
+) -> (Ready, Bundle, Frozen<'_>) {
     let limits = Limits::default();
     let base = engine.offer();
     let crc = base.encode(&limits).unwrap().crc;
-    let copy = |engine: &Engine, id: ItemId| engine.descriptor(id).unwrap().try_clone_to_owned().unwrap();
+    let copy = |id: ItemId| engine.descriptor(id).unwrap().try_clone_to_owned().unwrap();
     let descriptors: BTreeMap<ItemId, OwnedFd> =
-        base.items.iter().map(|entry| (entry.id, copy(&engine, entry.id))).collect();
+        base.items.iter().map(|entry| (entry.id, copy(entry.id))).collect();
     let mut prepared = Prepared::new(config).unwrap();
     for entry in &base.items {
         use std::os::fd::AsFd;
@@ -140,10 +180,5 @@ pub(crate) fn hand_over_slowly(
         .collect();
     bundle.apply(delta, crc, late).unwrap();
     ready.complete(&bundle, &changes).unwrap();
-    in_the_pause();
-    drop(frozen);
-    let next = ready.start(bundle);
-    at_last();
-    engine.leave(LONG);
-    next
+    (ready, bundle, frozen)
 }
