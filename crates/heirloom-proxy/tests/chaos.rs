@@ -6,12 +6,14 @@ mod support;
 use std::io::{ErrorKind, Read, Result, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use heirloom_proxy::{Config, Engine};
-use rustix::net::sockopt;
+use rustix::net::{SendFlags, send, sockopt};
 use support::random::Random;
 use support::*;
 
@@ -27,7 +29,8 @@ fn whatever_clients_do_and_whoever_serves_each_hears_what_it_is_to_hear() {
     heirloom::descriptors::raise_limit().unwrap();
     let mut random = Random::seeded();
     let directory = tempfile::tempdir().unwrap();
-    let backends = Backends::start(&directory.path().join("backend"));
+    let door = &directory.path().join("door");
+    let backends = Backends::start(door, &directory.path().join("backend"));
     let before = descriptors();
     let engine = fresh(backends.config(&mut random));
     let at = address(&engine);
@@ -39,7 +42,10 @@ fn whatever_clients_do_and_whoever_serves_each_hears_what_it_is_to_hear() {
             let mut random = Random::from(random.next());
             scope.spawn(move || {
                 while !over.load(Ordering::SeqCst) {
-                    visit(at, &mut random);
+                    match random.below(3) {
+                        0 => visit(connect_to_path(door), &mut random),
+                        _ => visit(connect(at), &mut random),
+                    }
                     done.fetch_add(1, Ordering::SeqCst);
                 }
             });
@@ -53,9 +59,16 @@ fn whatever_clients_do_and_whoever_serves_each_hears_what_it_is_to_hear() {
         engine
     });
     wait_until(&engine, "all have ended", |report| report.connections == 0 && report.pipes_in_use == 0);
-    assert_eq!(engine.report().listeners[0].refused, 0);
+    assert!(engine.report().listeners.iter().all(|listener| listener.refused == 0));
     engine.stop(LONG);
     wait_for("nothing to be left over", || descriptors() <= before);
+}
+
+fn connect_to_path(path: &Path) -> UnixStream {
+    let stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    stream.set_write_timeout(Some(LONG)).unwrap();
+    stream
 }
 
 /// Another engine with this configuration takes over, or is to and does not.
@@ -98,21 +111,22 @@ struct Backends {
     good: Vec<String>,
     refuses: SocketAddr,
     _held: TcpStream,
+    door: PathBuf,
 }
 
 impl Backends {
-    fn start(path: &std::path::Path) -> Backends {
+    fn start(door: &Path, path: &Path) -> Backends {
         let listener = UnixListener::bind(path).unwrap();
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                thread::spawn(move || serve(Unix(stream)));
+                thread::spawn(move || serve(stream));
             }
         });
         let mut good: Vec<String> =
-            (0..2).map(|_| backend(|stream| drop(serve(stream))).to_string()).collect();
+            (0..2).map(|_| backend(|stream| drop(serve_in_line(stream))).to_string()).collect();
         good.push(format!("unix:{}", path.display()));
         let (refuses, _held) = refuses();
-        Backends { good, refuses, _held }
+        Backends { good, refuses, _held, door: door.into() }
     }
 
     /// Some of them, with limits that are too low at times, and another number of loops.
@@ -141,48 +155,70 @@ impl Backends {
             listen = \"127.0.0.1:0\"
             pool = \"p\"
             max_connections = {most}
+            [[listener]]
+            listen = \"unix:{}\"
+            pool = \"p\"
+            max_connections = {most}
             [pool.p]
             connect_timeout = \"60s\"
             retries = 9
             balance = \"{balance}\"
             backends = [{}]",
+            self.door.display(),
             backends.join(", ")
         ))
     }
 }
 
-/// A stream that a backend has of a client.
-trait Stream: Read + Write {
-    /// Has the client hear a reset; where there is none, an end.
+/// A stream that a client has, or a backend.
+trait Stream: Read + Write + Send {
+    fn twin(&self) -> Self;
+    /// Says nothing more.
+    fn end(&self);
+    /// Has the other one hear a reset; where there is none, an end.
     fn reset(self);
+    /// Says this at once, where that can be.
+    fn urge(&mut self, byte: u8);
 }
 
 impl Stream for TcpStream {
+    fn twin(&self) -> TcpStream {
+        self.try_clone().unwrap()
+    }
+
+    fn end(&self) {
+        self.shutdown(Shutdown::Write).unwrap();
+    }
+
     fn reset(self) {
-        sockopt::set_socket_linger(&self, Some(std::time::Duration::ZERO)).unwrap();
+        sockopt::set_socket_linger(&self, Some(Duration::ZERO)).unwrap();
+    }
+
+    fn urge(&mut self, byte: u8) {
+        assert_eq!(send(self, &[byte], SendFlags::OOB).unwrap(), 1);
     }
 }
 
-struct Unix(UnixStream);
-
-impl Read for Unix {
-    fn read(&mut self, buffer: &mut [u8]) -> Result<usize> {
-        self.0.read(buffer)
-    }
-}
-
-impl Write for Unix {
-    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
-        self.0.write(bytes)
+impl Stream for UnixStream {
+    fn twin(&self) -> UnixStream {
+        self.try_clone().unwrap()
     }
 
-    fn flush(&mut self) -> Result<()> {
-        Ok(())
+    fn end(&self) {
+        self.shutdown(Shutdown::Write).unwrap();
     }
-}
 
-impl Stream for Unix {
     fn reset(self) {}
+
+    fn urge(&mut self, byte: u8) {
+        self.write_all(&[byte]).unwrap();
+    }
+}
+
+/// What is urgent is heard in its place.
+fn serve_in_line(stream: TcpStream) -> Result<()> {
+    sockopt::set_socket_oobinline(&stream, true).unwrap();
+    serve(stream)
 }
 
 /// Does what the client asks for: says it all again until its end (`e`), says so much (`d`), or that and then resets (`r`).
@@ -213,9 +249,8 @@ fn said(count: usize) -> &'static [u8] {
     &SAID[..count]
 }
 
-/// A client comes, does something, and goes.
-fn visit(at: SocketAddr, random: &mut Random) {
-    let mut stream = connect(at);
+/// A client does something, and goes.
+fn visit(mut stream: impl Stream, random: &mut Random) {
     let little = said(random.below(5000) as usize);
     let much = said(random.below(MUCH) as usize);
     let length = (much.len() as u32).to_be_bytes();
@@ -224,28 +259,33 @@ fn visit(at: SocketAddr, random: &mut Random) {
         0 => {}
         1 => {
             let _ = stream.write_all(&[b"e", little].concat());
-            sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
+            stream.reset();
         }
         2 => {
             stream.write_all(b"e").unwrap();
             let often = [10, 100][random.below(2) as usize];
             for _ in 0..random.below(often) {
                 stream.write_all(little).unwrap();
+                let is_urgent = random.below(4) == 0;
+                if is_urgent {
+                    stream.urge(b'!');
+                }
                 hears(&mut stream, little);
+                hears(&mut stream, if is_urgent { b"!" } else { b"" });
             }
         }
         3 => {
             stream.write_all(&[b"e", little].concat()).unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
+            stream.end();
             hears_all(&mut stream, little);
         }
         4 | 5 => {
-            let mut mouth = stream.try_clone().unwrap();
+            let mut mouth = stream.twin();
             thread::scope(|scope| {
-                scope.spawn(|| {
+                scope.spawn(move || {
                     mouth.write_all(b"e").unwrap();
                     mouth.write_all(much).unwrap();
-                    mouth.shutdown(Shutdown::Write).unwrap();
+                    mouth.end();
                 });
                 hears_all(&mut stream, much);
             });
@@ -267,7 +307,7 @@ fn visit(at: SocketAddr, random: &mut Random) {
             hears(&mut stream, much);
             stream.write_all(b"!").unwrap();
             match stream.read(&mut [0]) {
-                // Of a UNIX socket.
+                // Of a UNIX socket, or through one.
                 Ok(0) => {}
                 Ok(_) => panic!("too much"),
                 Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
@@ -277,7 +317,7 @@ fn visit(at: SocketAddr, random: &mut Random) {
 }
 
 #[track_caller]
-fn hears(stream: &mut TcpStream, expected: &[u8]) {
+fn hears(stream: &mut impl Stream, expected: &[u8]) {
     let mut heard = vec![0; expected.len()];
     stream.read_exact(&mut heard).unwrap();
     assert!(heard == expected, "something else");
@@ -285,7 +325,7 @@ fn hears(stream: &mut TcpStream, expected: &[u8]) {
 
 /// And then its end.
 #[track_caller]
-fn hears_all(stream: &mut TcpStream, expected: &[u8]) {
+fn hears_all(stream: &mut impl Stream, expected: &[u8]) {
     let mut heard = Vec::with_capacity(expected.len());
     stream.read_to_end(&mut heard).unwrap();
     assert_eq!(heard.len(), expected.len());
