@@ -190,9 +190,13 @@ fn kill_in_takeover(server: &mut Supervised, random: &mut Random, takeovers: &mu
         takeovers.killed_incumbents += 1;
         incumbent
     } else {
-        server.wait_for_next(incumbent);
-        takeovers.killed_successors += 1;
-        server.kill()
+        // It is refused if the supervisor has not taken everything yet.
+        wait_for("the takeover", || {
+            !upgrade.is_running() || try_status(&server.chat).is_some_and(|status| status.pid != incumbent)
+        });
+        let killed = server.kill();
+        takeovers.killed_successors += u64::from(killed != incumbent);
+        killed
     };
     let succeeded = upgrade.wait().code() == Some(0);
     takeovers.took_place += u64::from(killed == incumbent && succeeded);
