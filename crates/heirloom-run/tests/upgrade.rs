@@ -172,6 +172,38 @@ fn a_takeover_that_fails_leaves_the_old_one_serving() {
     assert!(rolled_back(outcome).contains("code 3"));
 }
 
+/// The old one is still there when its successor dies, but serves no more.
+#[test]
+fn one_that_dies_as_soon_as_it_has_taken_over_is_started_again() {
+    if !has_python() {
+        return;
+    }
+    for is_ready in [true, false] {
+        let (mut run, mut old) = Run::puppet(&[]);
+        old.tell(
+            "notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); put('f', os.memfd_create('x')); barrier()",
+        );
+        let outcome = begin(&run, to(&[PUPPET, "second"]));
+        let mut new = run.next();
+        if is_ready {
+            new.tell("notify('READY=1'); barrier()");
+        }
+        new.kill(Signal::KILL);
+        let why = rolled_back(outcome);
+        assert!(
+            why.contains(if is_ready { "when it had taken over" } else { "before it was ready" }),
+            "{why}"
+        );
+        old.begin("os._exit(0)");
+        let mut back = run.next();
+        assert_eq!((back.given, back.arguments.len()), (1, 0));
+        assert_eq!(run.counter("restarts"), 1);
+        // That is over.
+        back.begin("os._exit(0)");
+        assert_eq!(run.code(), 0);
+    }
+}
+
 #[test]
 fn an_old_one_that_lingers_is_stopped() {
     if !has_python() {

@@ -244,6 +244,7 @@ impl Core {
             main_pidfd: None,
             phase: Phase::Up,
             upgrade: None,
+            lost: None,
             backoff: Backoff::default(),
             counters: Counters::default(),
             refused: VecDeque::new(),

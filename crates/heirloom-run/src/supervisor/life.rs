@@ -106,8 +106,9 @@ impl Core {
     fn main_has_ended(&mut self, ended: Ended, now: Moment) {
         let Some(main) = self.main.take() else { return };
         self.main_pidfd = None;
-        self.ended = Some(ended);
         tracing::info!(pid = main.pid, "ended with {ended}");
+        let ended = self.was_replaced_in_vain(ended, now).unwrap_or(ended);
+        self.ended = Some(ended);
         let well = main.well(self.known.says_ready, now);
         match &self.phase {
             Phase::Stopping { then: Then::End, .. } => self.finish(ended.code(), now),

@@ -38,7 +38,7 @@ use control::{Answer, Ask};
 use keep::Counters;
 use life::{Known, Phase};
 use process::Process;
-use upgrade::Upgrading;
+use upgrade::{Lost, Upgrading};
 
 const SIGNALS: u64 = 0;
 const NOTIFY: u64 = 1;
@@ -87,6 +87,7 @@ struct Core {
     main_pidfd: Option<OwnedFd>,
     phase: Phase,
     upgrade: Option<Upgrading>,
+    lost: Option<Lost>,
     backoff: Backoff,
     counters: Counters,
     refused: VecDeque<String>,

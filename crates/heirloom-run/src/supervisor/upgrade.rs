@@ -23,6 +23,8 @@ use crate::options::Command;
 
 /// How long a command that does not say when it is ready has to live to count as well.
 const PROBATION: Duration = Duration::from_secs(1);
+/// How long a process that has been replaced takes to end, at most.
+const LINGERS: Duration = Duration::from_secs(10);
 
 /// An upgrade that is going on.
 #[derive(Debug)]
@@ -44,6 +46,14 @@ enum Stage {
     Probation { until: Moment },
     /// The new one has failed for this reason and is being stopped; the previous command is started again.
     Reverting { why: String },
+}
+
+/// A process beside the main one that has ended, and may have taken over by then: a main process that ends well until then was
+/// replaced by it, and nobody serves.
+#[derive(Debug)]
+pub(super) struct Lost {
+    ended: Ended,
+    until: Option<Moment>,
 }
 
 impl Upgrading {
@@ -125,6 +135,7 @@ impl Core {
             }
         };
         self.upgrade = Some(Upgrading { client, command, previous, stage });
+        self.lost = None;
         self.note_processes();
     }
 
@@ -200,10 +211,18 @@ impl Core {
     /// Whether this was the process beside the main one.
     pub(super) fn beside_has_ended(&mut self, pid: u32, ended: Ended, now: Moment) -> bool {
         let beside = self.upgrade.as_ref().and_then(Upgrading::beside);
-        if beside.is_none_or(|beside| beside.pid != pid) {
-            return false;
-        }
-        self.beside_failed(format!("it ended with {ended} before it took over"), now);
+        let Some(beside) = beside.filter(|beside| beside.pid == pid) else { return false };
+        let (lost, when) = match ended {
+            // It has said that it serves.
+            _ if beside.ready.is_some() => (Some(Lost { ended, until: None }), "when it had taken over"),
+            // It may not have come to saying so.
+            Ended::Signal(_) => {
+                (Some(Lost { ended, until: Some(now.after(LINGERS)) }), "before it was ready")
+            }
+            _ => (None, "before it took over"),
+        };
+        self.lost = lost;
+        self.beside_failed(format!("it ended with {ended} {when}"), now);
         true
     }
 
@@ -216,6 +235,14 @@ impl Core {
             let failure = rolled_back(&upgrade.command, &why);
             self.answers.push((upgrade.client, Answer::Failure(failure)));
         }
+    }
+
+    /// The main process has ended. If it was replaced by one that is no more: how that one ended.
+    pub(super) fn was_replaced_in_vain(&mut self, ended: Ended, now: Moment) -> Option<Ended> {
+        let in_time = |lost: &Lost| lost.until.is_none_or(|until| now <= until);
+        let lost = self.lost.take().filter(in_time).filter(|_| ended.is_success())?;
+        tracing::warn!("what has taken over from it has ended with {}", lost.ended);
+        Some(lost.ended)
     }
 
     /// Ends the upgrade if the new one is well, and nothing else is to be waited for.
