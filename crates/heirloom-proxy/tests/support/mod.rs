@@ -1,6 +1,7 @@
 //! What the tests of the engine share: engines in this process, backends, and waiting for conditions.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+#[path = "../../../heirloom-cli/tests/support/random.rs"]
 pub(crate) mod random;
 
 use std::collections::BTreeMap;
