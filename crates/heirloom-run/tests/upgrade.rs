@@ -202,6 +202,15 @@ fn one_that_dies_as_soon_as_it_has_taken_over_is_started_again() {
         back.begin("os._exit(0)");
         assert_eq!(run.code(), 0);
     }
+    // It is not taken for one that was replaced when it is told to end.
+    let (mut run, mut old) = Run::puppet(&[]);
+    old.tell("signal.signal(signal.SIGTERM, lambda *_: os._exit(0))");
+    old.tell("notify('READY=1\\nX_HEIRLOOM_CONTROL=/run/echo'); barrier()");
+    let outcome = begin(&run, to(&[PUPPET, "second"]));
+    run.next().kill(Signal::KILL);
+    rolled_back(outcome);
+    run.signal(Signal::TERM);
+    assert_eq!(run.code(), 0);
 }
 
 #[test]

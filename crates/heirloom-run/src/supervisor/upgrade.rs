@@ -221,7 +221,8 @@ impl Core {
             }
             _ => (None, "before it took over"),
         };
-        self.lost = lost;
+        // Without a main process the previous command is started at once.
+        self.lost = lost.filter(|_| self.main.is_some());
         self.beside_failed(format!("it ended with {ended} {when}"), now);
         true
     }
@@ -237,10 +238,13 @@ impl Core {
         }
     }
 
-    /// The main process has ended. If it was replaced by one that is no more: how that one ended.
+    /// The main process has ended, and was not told to. If it was replaced by one that is no more: how that one ended.
     pub(super) fn was_replaced_in_vain(&mut self, ended: Ended, now: Moment) -> Option<Ended> {
         let in_time = |lost: &Lost| lost.until.is_none_or(|until| now <= until);
-        let lost = self.lost.take().filter(in_time).filter(|_| ended.is_success())?;
+        let lost = self.lost.take().filter(in_time)?;
+        if !ended.is_success() || matches!(self.phase, Phase::Stopping { .. }) {
+            return None;
+        }
         tracing::warn!("what has taken over from it has ended with {}", lost.ended);
         Some(lost.ended)
     }
