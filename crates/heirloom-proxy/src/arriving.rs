@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use heirloom::{Bundle, Kind};
 
-use crate::connection::{Connection, Sides, Stage};
+use crate::connection::{Connection, Stage};
 use crate::flow::Flow;
 use crate::handover::{CONNECTING, ConnectionState, FlowState, Moved, RELAYING};
 use crate::id::{Key, KeyMap};
@@ -156,7 +156,6 @@ fn connection(bundle: &mut Bundle, key: Key, state: &ConnectionState) -> Result<
     connection.connected = state.connected;
     connection.active = state.active;
     connection.until = state.until;
-    connection.watched = Sides::default();
     connection.up = flow(bundle, &state.up)?;
     connection.down = flow(bundle, &state.down)?;
     Ok(connection)

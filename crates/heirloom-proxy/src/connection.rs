@@ -4,13 +4,17 @@
 //! is passed on as a reset. A reset overtakes what the other side does not take at once, as it does without a relay. Whose bytes were
 //! lost hears a reset and no orderly end before it; a UNIX socket, which knows no reset, is shut down then.
 
+use std::mem;
 use std::net::SocketAddr;
 
+use mio::Interest;
+
 use crate::clock::Time;
+use crate::each::Each;
 use crate::flow::{Flow, Turned};
 use crate::id::Side;
 use crate::pipes::Pipes;
-use crate::socket::Socket;
+use crate::socket::{BOTH, READING, Socket, WRITING};
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -37,9 +41,9 @@ pub(crate) struct Connection {
     /// Its moment among the timers.
     pub(crate) timer: Option<Time>,
     /// Which sockets have reported a failure.
-    pub(crate) failed: Sides,
-    /// Which sockets are registered for writing, too.
-    pub(crate) watched: Sides,
+    pub(crate) failed: Each<bool>,
+    /// What the poller tells of the sockets, as far as they are registered.
+    pub(crate) watched: Each<Option<Interest>>,
     /// It cannot be connected for want of a descriptor.
     pub(crate) lacks: bool,
     /// It is among those that have their turn next.
@@ -59,41 +63,6 @@ pub(crate) enum Stage {
     Waiting,
     Connecting,
     Relaying,
-}
-
-/// Something of each side.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Sides {
-    client: bool,
-    backend: bool,
-}
-
-impl Sides {
-    pub(crate) fn both() -> Sides {
-        Sides { client: true, backend: true }
-    }
-
-    pub(crate) fn has(self, side: Side) -> bool {
-        match side {
-            Side::Client => self.client,
-            Side::Backend => self.backend,
-        }
-    }
-
-    pub(crate) fn set(&mut self, side: Side) {
-        *self.of(side) = true;
-    }
-
-    pub(crate) fn clear(&mut self, side: Side) {
-        *self.of(side) = false;
-    }
-
-    fn of(&mut self, side: Side) -> &mut bool {
-        match side {
-            Side::Client => &mut self.client,
-            Side::Backend => &mut self.backend,
-        }
-    }
 }
 
 /// What a poller tells of a socket.
@@ -155,8 +124,8 @@ impl Connection {
             active: now,
             until: None,
             timer: None,
-            failed: Sides::default(),
-            watched: Sides::default(),
+            failed: Each::default(),
+            watched: Each::default(),
             lacks: false,
             queued: false,
             settled: false,
@@ -182,14 +151,16 @@ impl Connection {
 
     /// Takes in what the poller tells of a socket.
     pub(crate) fn hear(&mut self, side: Side, told: Told) {
+        let is_due = self.queued;
         let from = self.flow_from(side);
+        from.in_vain |= told.readable && from.readable && !is_due;
         from.readable |= told.readable || told.ended || told.failed;
         from.urgent |= told.urgent;
         from.ends |= told.ended;
         from.may_fail |= told.failed;
         self.flow_from(side.other()).writable |= told.writable;
         if told.failed {
-            self.failed.set(side);
+            self.failed[side] = true;
         }
     }
 
@@ -222,7 +193,7 @@ impl Connection {
             let has_failed = match turned {
                 Turned::SourceFailed => true,
                 // What came before the failure is passed on first, as far as it is taken.
-                Turned::Waits | Turned::Ended => self.failed.has(side),
+                Turned::Waits | Turned::Ended => self.failed[side],
                 Turned::More | Turned::NoPipe => false,
             };
             if has_failed {
@@ -243,6 +214,26 @@ impl Connection {
             return Next::Starve;
         }
         Next::Wait
+    }
+
+    /// What the poller is to tell of a socket from now on, if that is not what it tells already.
+    ///
+    /// As long as nothing can be done with what a source has, it is not heard: each packet more would wake the loop in vain, and who
+    /// sends it would have to do that. That is so from the first one that did, until there is nothing known of the source. What it
+    /// has by then, the poller tells when it is asked to.
+    pub(crate) fn change_of_interest(&mut self, side: Side) -> Option<Interest> {
+        let watched = self.watched[side]?;
+        let from = self.flow_from(side);
+        let in_vain = mem::take(&mut from.in_vain);
+        let is_known = from.readable || from.ended || from.done;
+        let reading = !is_known || watched.is_readable() && !in_vain;
+        let writing = watched.is_writable() || !reading || self.flow_from(side.other()).waits_for_sink();
+        let wanted = match (reading, writing) {
+            (true, false) => READING,
+            (true, true) => BOTH,
+            (false, _) => WRITING,
+        };
+        (wanted != watched).then_some(wanted)
     }
 
     /// What each side is to see of the end, whoever else holds duplicates.
@@ -400,6 +391,50 @@ mod tests {
         backend.read_to_end(&mut heard).unwrap();
         assert_eq!(heard, b"!after");
         assert_eq!((connection.up.moved, connection.up.done), (6, true));
+    }
+
+    #[test]
+    fn who_is_held_up_is_not_heard_from_the_first_time_in_vain_until_nothing_is_known() {
+        let (mut connection, mut client, mut backend) = relayed_from_tcp();
+        let mut pipes = Pipes::new(4, 1);
+        let readable = Told { readable: true, ..Told::default() };
+        connection.watched = Each::both(Some(READING));
+        connection.up.writable = true;
+        let into = connection.server.clone().unwrap();
+        while send(&into, &[7; 4096], SendFlags::empty()).is_ok() {}
+        client.write_all(b"one").unwrap();
+        connection.hear(Side::Client, readable);
+        wait_until(|| {
+            connection.up.readable = true;
+            assert_eq!(connection.relay(0, &mut pipes), Next::Wait);
+            connection.up.waits_for_sink()
+        });
+        let changes = |connection: &mut Connection| {
+            [Side::Client, Side::Backend].map(|side| {
+                let change = connection.change_of_interest(side);
+                connection.watched[side] = change.or(connection.watched[side]);
+                change
+            })
+        };
+        // Of the backend it is to be known when it takes more.
+        assert_eq!(changes(&mut connection), [None, Some(BOTH)]);
+        client.write_all(b"two").unwrap();
+        connection.hear(Side::Client, readable);
+        assert_eq!(changes(&mut connection), [None, None], "that was news");
+        connection.hear(Side::Client, readable);
+        assert_eq!(changes(&mut connection), [Some(WRITING), None]);
+        let mut heard = Vec::new();
+        backend.read_to_end(&mut heard).unwrap_err();
+        connection.hear(Side::Backend, Told { writable: true, ..Told::default() });
+        wait_until(|| {
+            assert_eq!(connection.relay(0, &mut pipes), Next::Wait);
+            let is_over = connection.up.moved == 6;
+            connection.up.readable |= !is_over;
+            is_over
+        });
+        assert_eq!(changes(&mut connection), [Some(BOTH), None]);
+        backend.read_to_end(&mut heard).unwrap_err();
+        assert!(heard.ends_with(b"onetwo"));
     }
 
     #[test]

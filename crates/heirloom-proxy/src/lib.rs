@@ -13,6 +13,7 @@ mod clock;
 pub mod config;
 mod connection;
 mod door;
+mod each;
 mod engine;
 mod error;
 mod event_loop;

@@ -24,7 +24,9 @@ use crate::address::{Address, Place};
 
 /// Whether there is something to read, be it [urgent](crate::urgent), or the end.
 pub(crate) const READING: Interest = Interest::READABLE.add(Interest::PRIORITY);
-/// The same, and whether it takes more.
+/// Whether it takes more. That it has failed is told in any case (`epoll_ctl(2)`).
+pub(crate) const WRITING: Interest = Interest::WRITABLE;
+/// Whether there is something to read, and whether it takes more.
 pub(crate) const BOTH: Interest = READING.add(Interest::WRITABLE);
 
 const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);

@@ -11,7 +11,8 @@ use mio::Registry;
 
 use super::EventLoop;
 use crate::clock::{Time, nanoseconds};
-use crate::connection::{Connection, Sides, Stage};
+use crate::connection::{Connection, Stage};
+use crate::each::Each;
 use crate::id::{Key, Side, token};
 use crate::socket::BOTH;
 
@@ -70,7 +71,7 @@ impl EventLoop {
                 self.pipes.left();
             }
         }
-        (connection.queued, connection.watched) = (false, Sides::both());
+        (connection.queued, connection.watched) = (false, Each::both(Some(BOTH)));
         own.load.fetch_sub(1, Ordering::Relaxed);
         post.load.fetch_add(1, Ordering::Relaxed);
         post.settled.fetch_add(1, Ordering::Relaxed);

@@ -45,12 +45,12 @@ impl EventLoop {
     /// Has the poller tell of the client, if it does not already. Whether it does.
     fn watch_client(&mut self, key: Key) -> bool {
         let Some(connection) = self.connections.get_mut(&key) else { return false };
-        if connection.watched.has(Side::Client) {
+        if connection.watched[Side::Client].is_some() {
             return true;
         }
         match register(&self.registry, connection.client.as_fd(), token(key.first()), BOTH) {
             Ok(()) => {
-                connection.watched.set(Side::Client);
+                connection.watched[Side::Client] = Some(BOTH);
                 true
             }
             Err(error) => {
@@ -113,7 +113,7 @@ impl EventLoop {
                 Ok(socket) => match register(&self.registry, socket.as_fd(), token(key.second()), BOTH) {
                     Ok(()) => {
                         connection.server = Some(socket);
-                        connection.watched.set(Side::Backend);
+                        connection.watched[Side::Backend] = Some(BOTH);
                         return self.timers.set(key, &mut connection.timer, connection.until);
                     }
                     Err(error) => error,
@@ -150,6 +150,7 @@ impl EventLoop {
         }
         if let Some(socket) = connection.server.take() {
             let _ = deregister(&self.registry, socket.as_fd());
+            connection.watched[Side::Backend] = None;
         }
         shared.wake_waiting();
     }
@@ -157,14 +158,14 @@ impl EventLoop {
     /// A connection to a backend has come to something.
     pub(super) fn connecting(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
-        if connection.failed.has(Side::Client) {
+        if connection.failed[Side::Client] {
             return self.end(key, How::Failed(Side::Client));
         }
         let Some(server) = &connection.server else { return };
-        if connection.failed.has(Side::Backend) || connection.down.readable {
+        if connection.failed[Side::Backend] || connection.down.readable {
             // Refused, or already closed again.
             if let Err(error) = server.take_error() {
-                connection.failed.clear(Side::Backend);
+                connection.failed[Side::Backend] = false;
                 connection.down = Flow { writable: connection.down.writable, ..Flow::default() };
                 connection.up.writable = false;
                 self.failed_to_connect(key, &error);

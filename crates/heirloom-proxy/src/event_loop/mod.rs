@@ -31,7 +31,6 @@ use crate::fair::FairMutex;
 use crate::id::{Key, KeyMap, Side, token};
 use crate::pipes::Pipes;
 use crate::shared::Shared;
-use crate::socket::BOTH;
 
 /// Another loop has something for this one. No item ever has this id.
 pub(crate) const WAKE: Token = Token(usize::MAX);
@@ -230,7 +229,7 @@ impl EventLoop {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         connection.queued = false;
         match connection.stage {
-            Stage::Waiting if connection.failed.has(Side::Client) => self.end(key, How::Failed(Side::Client)),
+            Stage::Waiting if connection.failed[Side::Client] => self.end(key, How::Failed(Side::Client)),
             Stage::Waiting => {}
             Stage::Connecting => self.connecting(key),
             Stage::Relaying => self.relay(key),
@@ -252,9 +251,7 @@ impl EventLoop {
             self.touched.push(key);
         }
         for side in [Side::Client, Side::Backend] {
-            if connection.flow_from(side.other()).waits_for_sink() && !connection.watched.has(side) {
-                watch(&self.registry, key, connection, side);
-            }
+            watch(&self.registry, key, connection, side);
         }
         match next {
             Next::Wait => {}
@@ -331,7 +328,7 @@ impl EventLoop {
         if self.lending {
             // Closing them does not take them from the poller: others hold duplicates.
             for side in [Side::Client, Side::Backend] {
-                if connection.watched.has(side)
+                if connection.watched[side].is_some()
                     && let Some(socket) = connection.socket(side)
                 {
                     let _ = deregister(&self.registry, socket.as_fd());
@@ -369,12 +366,13 @@ impl EventLoop {
     }
 }
 
-/// Has the poller tell when a socket that was registered ahead takes more, too.
+/// Has the poller tell of a socket what is to be known now.
 fn watch(registry: &Registry, key: Key, connection: &mut Connection, side: Side) {
+    let Some(wanted) = connection.change_of_interest(side) else { return };
     let Some(socket) = connection.socket(side) else { return };
-    match reregister(registry, socket.as_fd(), token(key.id(side)), BOTH) {
-        Ok(()) => connection.watched.set(side),
-        Err(error) => tracing::error!(%error, "cannot wait until a connection takes more"),
+    match reregister(registry, socket.as_fd(), token(key.id(side)), wanted) {
+        Ok(()) => connection.watched[side] = Some(wanted),
+        Err(error) => tracing::error!(%error, "cannot wait for a connection"),
     }
 }
 

@@ -10,7 +10,7 @@ use super::EventLoop;
 use crate::arriving::{Dormant, Woken};
 use crate::connection::Stage;
 use crate::id::{Key, Side, token};
-use crate::socket::BOTH;
+use crate::socket::{BOTH, READING};
 
 /// How many connections that have not moved yet are woken at once.
 const WOKEN: usize = 16;
@@ -67,12 +67,15 @@ impl EventLoop {
                 Stage::Connecting => side == Side::Backend,
                 Stage::Waiting => false,
             };
-            if let Some(socket) = connection.socket(side).filter(|_| is_watched && !registered) {
-                if let Err(error) = register(&self.registry, socket.as_fd(), token(key.id(side)), BOTH) {
-                    tracing::error!(%error, "cannot wait for a connection that was taken over");
-                }
-                connection.watched.set(side);
+            let Some(socket) = connection.socket(side).filter(|_| is_watched) else { continue };
+            if registered {
+                connection.watched[side] = Some(READING);
+                continue;
             }
+            if let Err(error) = register(&self.registry, socket.as_fd(), token(key.id(side)), BOTH) {
+                tracing::error!(%error, "cannot wait for a connection that was taken over");
+            }
+            connection.watched[side] = Some(BOTH);
         }
         for flow in [&connection.up, &connection.down] {
             if flow.pipe.is_some() {
