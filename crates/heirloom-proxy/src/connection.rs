@@ -44,6 +44,8 @@ pub(crate) struct Connection {
     pub(crate) failed: Each<bool>,
     /// What the poller tells of the sockets, as far as they are registered.
     pub(crate) watched: Each<Option<Interest>>,
+    /// Of which it has told that there is more when that was known, and nothing could be done.
+    pub(crate) in_vain: Each<bool>,
     /// It cannot be connected for want of a descriptor.
     pub(crate) lacks: bool,
     /// It is among those that have their turn next.
@@ -126,6 +128,7 @@ impl Connection {
             timer: None,
             failed: Each::default(),
             watched: Each::default(),
+            in_vain: Each::default(),
             lacks: false,
             queued: false,
             settled: false,
@@ -153,11 +156,12 @@ impl Connection {
     pub(crate) fn hear(&mut self, side: Side, told: Told) {
         let is_due = self.queued;
         let from = self.flow_from(side);
-        from.in_vain |= told.readable && from.readable && !is_due;
+        let in_vain = told.readable && from.readable && !is_due;
         from.readable |= told.readable || told.ended || told.failed;
         from.urgent |= told.urgent;
         from.ends |= told.ended;
         from.may_fail |= told.failed;
+        self.in_vain[side] |= in_vain;
         self.flow_from(side.other()).writable |= told.writable;
         if told.failed {
             self.failed[side] = true;
@@ -223,8 +227,8 @@ impl Connection {
     /// has by then, the poller tells when it is asked to.
     pub(crate) fn change_of_interest(&mut self, side: Side) -> Option<Interest> {
         let watched = self.watched[side]?;
+        let in_vain = mem::take(&mut self.in_vain[side]);
         let from = self.flow_from(side);
-        let in_vain = mem::take(&mut from.in_vain);
         let is_known = from.readable || from.ended || from.done;
         let reading = !is_known || watched.is_readable() && !in_vain;
         let writing = watched.is_writable() || !reading || self.flow_from(side.other()).waits_for_sink();

@@ -31,8 +31,6 @@ pub(crate) struct Flow {
     pub(crate) held: usize,
     /// The source may have something.
     pub(crate) readable: bool,
-    /// It was told of more when that was known, and nothing could be done.
-    pub(crate) in_vain: bool,
     /// There may be an urgent byte in what it has.
     pub(crate) urgent: bool,
     /// It has ended behind what it has.
