@@ -131,6 +131,16 @@ impl Address {
     }
 }
 
+impl Place {
+    /// Whether who listens here, at all addresses of this machine, is also reached at that place, which is not this one: the same port.
+    /// (All addresses of IPv6 are those of IPv4 as well.)
+    pub(crate) fn takes_in(&self, other: &Place) -> bool {
+        let (Place::Tcp(all), Place::Tcp(one)) = (self, other) else { return false };
+        let is_same = all.port() == one.port() && all.port() != 0;
+        is_same && all.ip().is_unspecified() && (all.is_ipv6() || one.is_ipv4()) && all != one
+    }
+}
+
 impl PartialEq for Address {
     fn eq(&self, other: &Address) -> bool {
         self.text == other.text

@@ -22,6 +22,7 @@ mod flow;
 mod gate;
 mod handover;
 mod id;
+mod inherited;
 mod pipes;
 mod plan;
 mod prepared;

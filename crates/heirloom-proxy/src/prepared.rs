@@ -3,7 +3,7 @@
 //! It touches nothing of what is handed over: sockets are registered with pollers that nobody polls, addresses are bound at which
 //! nobody listens, and threads wait behind a gate. Dropped, it leaves nothing behind.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
@@ -18,9 +18,8 @@ use mio::Poll;
 use rustix::thread::{CpuSet, sched_getaffinity};
 
 use crate::access::AccessWriter;
-use crate::address::Address;
 use crate::arriving::{Sleeper, Sleepers};
-use crate::bound::Bound;
+use crate::bound::{Bound, Sharing};
 use crate::clock;
 use crate::config::{AccessLog, Config};
 use crate::error::EngineError;
@@ -32,6 +31,7 @@ use crate::handover::{
     WAITING, decode,
 };
 use crate::id::{Key, KeyMap, Keys, token};
+use crate::inherited::Inherited;
 use crate::plan::Plan;
 use crate::ready::{LoopThread, Ready, Threads, is_registered};
 use crate::shared::{Post, Shared};
@@ -141,7 +141,7 @@ impl Prepared {
     ///
     /// It could not.
     pub fn check(self, base: &Base) -> Result<(), EngineError> {
-        self.consider(base.state.as_deref(), base.items.len(), base.items.iter()).map(drop)
+        self.consider(base.state.as_deref(), base.items.len(), base.items.iter(), |_| None).map(drop)
     }
 
     /// Registers a socket of an offer with the poller of its loop, for reading. What is none is left alone.
@@ -166,7 +166,8 @@ impl Prepared {
     ///
     /// An address cannot be had, or the state cannot be read.
     pub fn offer(self, bundle: &Bundle) -> Result<Ready, EngineError> {
-        self.consider(bundle.encoded_state(), bundle.len(), bundle.entries())
+        let descriptor = |id| bundle.descriptor(id);
+        self.consider(bundle.encoded_state(), bundle.len(), bundle.entries(), descriptor)
     }
 
     fn consider<'e>(
@@ -174,6 +175,7 @@ impl Prepared {
         state: Option<&[u8]>,
         count: usize,
         entries: impl Iterator<Item = &'e Entry>,
+        descriptor: impl Fn(ItemId) -> Option<BorrowedFd<'e>>,
     ) -> Result<Ready, EngineError> {
         let mut state: ServiceState = match state {
             Some(state) => decode(state, "the proxy").map_err(EngineError::State)?,
@@ -192,9 +194,7 @@ impl Prepared {
                 .map(|known| table.backend(&known.pool, &known.name, &known.address))
                 .collect(),
         };
-        let mut doors = BTreeMap::new();
-        let mut otherwise_written = Vec::new();
-        let mut free: BTreeSet<usize> = (0..self.config.listeners.len()).collect();
+        let mut theirs = Vec::new();
         // A connection has two items, mostly.
         let each = count / 2 / self.polls.len() + 1;
         let mut sleepers: Vec<Sleepers> = self.polls.iter().map(|_| Sleepers::with_capacity(each)).collect();
@@ -203,14 +203,7 @@ impl Prepared {
             if entry.name == LISTENER {
                 let door: DoorState = decode(&entry.state, "a listener").map_err(EngineError::State)?;
                 let address = state.listeners.get(door.listener).map(|known| known.address.as_str());
-                let same = |at: &usize| Some(self.config.listeners[*at].address.text()) == address;
-                let ours = free.iter().copied().find(same);
-                if let Some(at) = ours {
-                    free.remove(&at);
-                } else if let Some(address) = address {
-                    otherwise_written.push((entry.id, address));
-                }
-                doors.insert(entry.id, ours);
+                theirs.push((entry.id, address));
             } else if entry.name == CLIENT {
                 let key = Key::of(entry.id);
                 let state = places.read(&table, &entry.state).map_err(EngineError::State)?;
@@ -220,33 +213,38 @@ impl Prepared {
                 sleepers[self.homes.of(key, self.polls.len())].insert(key, sleeper);
             }
         }
+        let inherited = Inherited::find(&self.config.listeners, theirs);
         let moved = mem::take(&mut state.moved);
         self.homes.update(&mut sleepers, moved).map_err(EngineError::State)?;
-        for (id, address) in otherwise_written {
-            // `localhost:80` is where `127.0.0.1:80` was: it could not be bound.
-            let Ok(address) = Address::to_listen(address) else { continue };
-            let same = |at: &usize| self.config.listeners[*at].address.place() == address.place();
-            if let Some(at) = free.iter().copied().find(same) {
-                free.remove(&at);
-                doors.insert(id, Some(at));
-            }
-        }
-        let bind = |at: usize| {
+        let (mut bound, mut sharing) = (Vec::new(), Sharing::default());
+        for &at in &inherited.free {
             let listener = &self.config.listeners[at];
-            Bound::new(at, &listener.address, listener.mode).map_err(|source| EngineError::Bind {
-                name: listener.name.clone(),
-                address: listener.address.text().into(),
-                source,
-            })
-        };
-        let mut bound = Vec::new();
-        for at in free {
-            match bind(at) {
-                Ok(one) => bound.push(one),
-                Err(error) if self.no_way_back => tracing::error!("goes on without it: {error}"),
-                Err(error) => return Err(error),
+            let in_the_way = inherited.in_the_way_of(listener.address.place());
+            // In a preflight, which has none of them, the address is not asked for: it can be had when they are there.
+            let beside: Vec<_> = in_the_way.iter().filter_map(|id| descriptor(*id)).collect();
+            if beside.len() < in_the_way.len() {
+                continue;
             }
+            let one = sharing
+                .add(&beside)
+                .and_then(|()| Bound::new(at, &listener.address, listener.mode, !beside.is_empty()));
+            let error = match one {
+                Ok(one) => {
+                    bound.push(one);
+                    continue;
+                }
+                Err(source) => EngineError::Bind {
+                    name: listener.name.clone(),
+                    address: listener.address.text().into(),
+                    source,
+                },
+            };
+            if !self.no_way_back {
+                return Err(error);
+            }
+            tracing::error!("goes on without it: {error}");
         }
+        let doors = inherited.doors;
         let posts = self.polls.iter().map(Post::new);
         let shared = Arc::new(Shared {
             table,
@@ -259,7 +257,7 @@ impl Prepared {
         });
         let threads = self.spawn(shared)?;
         let Prepared { config, registered, homes, .. } = self;
-        Ok(Ready { config, registered, homes, threads, bound, doors, sleepers, places, state })
+        Ok(Ready { config, registered, homes, threads, bound, sharing, doors, sleepers, places, state })
     }
 
     /// Starts the threads, which wait behind the gate.

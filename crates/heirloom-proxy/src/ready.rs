@@ -10,7 +10,7 @@ use heirloom::manifest::Changes;
 use heirloom::{Bundle, ItemId, Kind};
 
 use crate::arriving::{Dormant, Sleeper, Sleepers};
-use crate::bound::Bound;
+use crate::bound::{Bound, Sharing};
 use crate::config::Config;
 use crate::door::{Door, Watch};
 use crate::engine::Engine;
@@ -43,6 +43,7 @@ pub struct Ready {
     pub(crate) homes: Homes,
     pub(crate) threads: Threads,
     pub(crate) bound: Vec<Bound>,
+    pub(crate) sharing: Sharing,
     /// The incumbent's listeners, and which of ours they are.
     pub(crate) doors: BTreeMap<ItemId, Option<usize>>,
     pub(crate) sleepers: Vec<Sleepers>,
@@ -117,19 +118,19 @@ impl Ready {
         let (shared, loops) = self.threads.begin();
         shared.keys.at_least(bundle.next_id());
         shared.go_on_counting(&self.places, &self.state);
-        let mut listening = Vec::new();
+        let (mut listening, mut retired) = (Vec::new(), Vec::new());
         for (id, ours) in mem::take(&mut self.doors) {
             let kind = bundle.entry(id).map_or(Kind::Other, |entry| entry.kind);
             let Some(socket) = bundle.remove(id) else { continue };
             match ours {
                 Some(at) => listening.push((Key::of(id), at, socket, kind)),
-                None => retire(socket, kind),
+                None => retired.push((socket, kind)),
             }
         }
         for bound in mem::take(&mut self.bound) {
             let at = bound.listener;
             let listener = &self.config.listeners[at];
-            match bound.listen(listener.backlog) {
+            match bound.listen(listener.backlog, &mut self.sharing) {
                 Ok((socket, kind)) => listening.push((shared.keys.take(), at, socket, kind)),
                 // The address was there when it was bound.
                 Err(error) => {
@@ -137,6 +138,9 @@ impl Ready {
                 }
             }
         }
+        drop(mem::take(&mut self.sharing));
+        // Where one of ours has the port as well, nobody is refused.
+        retired.into_iter().for_each(|(socket, kind)| retire(socket, kind));
         let bundle = Arc::new(Mutex::new(bundle));
         let sleepers = mem::take(&mut self.sleepers).into_iter();
         let dormant = sleepers.map(|sleepers| Dormant::new(Arc::clone(&bundle), sleepers));
@@ -184,10 +188,10 @@ pub(crate) fn is_registered(registered: &BTreeSet<ItemId>, key: Key, state: &Con
     sockets.into_iter().flatten().all(|id| registered.contains(&id))
 }
 
-/// Ends a listener that is no longer configured: those who wait in its queue are reset, as they would be if it had ended before.
+/// Ends a listener that is no longer configured.
 fn retire(socket: OwnedFd, kind: Kind) {
     if kind == Kind::UnixListener {
         socket::remove_path(&socket);
     }
-    drop(socket);
+    socket::end_listening(socket);
 }

@@ -171,13 +171,17 @@ pub(crate) fn set_inherited(listener: impl AsFd, options: TcpOptions) -> io::Res
     }
 }
 
-/// Binds an address without listening there yet. A UNIX socket that nobody listens at any more is replaced.
-pub(crate) fn bind(place: &Place, mode: Option<u32>) -> io::Result<OwnedFd> {
+/// Binds an address without listening there yet; with `shared`, beside others that share the port. A UNIX socket that nobody listens at
+/// any more is replaced.
+pub(crate) fn bind(place: &Place, mode: Option<u32>, shared: bool) -> io::Result<OwnedFd> {
     match place {
         Place::Tcp(address) => {
             let family = family(address);
             let socket = net::socket_with(family, SocketType::STREAM, FLAGS, None)?;
             sockopt::set_socket_reuseaddr(&socket, true)?;
+            if shared {
+                sockopt::set_socket_reuseport(&socket, true)?;
+            }
             if family == AddressFamily::INET6 {
                 sockopt::set_ipv6_v6only(&socket, !address.ip().is_unspecified())?;
             }
@@ -237,6 +241,11 @@ pub(crate) fn name(listener: impl AsFd, configured: &Address) -> String {
         (Ok(Ok(address)), Place::Tcp(_)) => address.to_string(),
         _ => configured.text().into(),
     }
+}
+
+/// Ends a listener, whoever has a duplicate: those who wait in its queue are reset, and whoever comes is refused.
+pub(crate) fn end_listening(listener: impl AsFd) {
+    let _ = net::shutdown(listener, Shutdown::Read);
 }
 
 /// Removes the file of a UNIX listener that ends.

@@ -2,16 +2,16 @@
 
 mod support;
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::thread;
 
-use heirloom_proxy::Report;
 use heirloom_proxy::address::Address;
 use heirloom_proxy::config::{AccessFormat, AccessLog};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+use heirloom_proxy::{Engine, Prepared, Report};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, sockopt};
 use support::*;
 
 #[test]
@@ -335,6 +335,83 @@ fn a_listener_whose_address_is_written_otherwise_is_the_same_one() {
     let engine = hand_over(engine, config, || {});
     assert_eq!(address(&engine), at);
     talk(&mut connect(at), "new");
+}
+
+#[test]
+fn a_listener_is_extended_to_all_addresses_and_limited_to_one_again() {
+    let to = backend(echo);
+    // A port that was free everywhere.
+    let everywhere = TcpListener::bind("[::]:0").unwrap();
+    let port = everywhere.local_addr().unwrap().port();
+    let config_at = |listen: SocketAddr| {
+        let mut config = simple(&[to], "");
+        config.listeners[0].address = Address::from(listen);
+        config
+    };
+    let (here, there) = (SocketAddr::from(([127, 0, 0, 1], port)), SocketAddr::from(([127, 0, 0, 2], port)));
+    drop(everywhere);
+    let mut engine = fresh(config_at(here));
+    let mut old = connect(here);
+    talk(&mut old, "old");
+    for all in [SocketAddr::from(([0; 4], port)), SocketAddr::from(([0; 16], port))] {
+        Prepared::new(config_at(all)).unwrap().check(&engine.offer()).unwrap();
+        // It could be had, and nothing comes of it.
+        let (ready, bundle, frozen) = complete(&mut engine, config_at(all), || ());
+        drop((ready, bundle));
+        frozen.thaw();
+        engine.reclaim();
+        assert!(!is_shared(&mut engine));
+        for _ in 0..2 {
+            let mut waiting = None;
+            engine = hand_over_slowly(
+                engine,
+                config_at(all),
+                || talk(&mut connect(here), "meanwhile"),
+                || waiting = Some(connect(here)),
+                || {
+                    talk(&mut connect(here), "here");
+                    talk(&mut connect(there), "there");
+                },
+            );
+            talk(&mut waiting.unwrap(), "waiting");
+            assert_eq!(address(&engine), all);
+            assert!(!is_shared(&mut engine));
+        }
+        for _ in 0..2 {
+            engine = hand_over_slowly(
+                engine,
+                config_at(here),
+                || talk(&mut connect(here), "meanwhile"),
+                || (),
+                || {
+                    talk(&mut connect(here), "here");
+                    assert_eq!(TcpStream::connect(there).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+                },
+            );
+        }
+        talk(&mut old, "old");
+    }
+    let report = engine.report();
+    assert_eq!((report.listeners.len(), report.listeners[0].refused), (1, 0));
+
+    // And to two of them, which are in the way of none but all.
+    engine = hand_over(engine, config_at(SocketAddr::from(([0; 4], port))), || ());
+    let mut both = config_at(here);
+    let mut other = both.listeners[0].clone();
+    (other.name, other.address) = ("other".into(), Address::from(there));
+    both.listeners.push(other);
+    engine = hand_over(engine, both, || talk(&mut connect(there), "meanwhile"));
+    talk(&mut connect(here), "here");
+    talk(&mut connect(there), "there");
+    assert!(!is_shared(&mut engine));
+}
+
+/// Whether a listener of the engine lets others be bound beside it.
+fn is_shared(engine: &mut Engine) -> bool {
+    let listener = engine.offer().items.into_iter().find(|item| item.name == "listener").unwrap();
+    let shared = sockopt::socket_reuseport(engine.descriptor(listener.id).unwrap()).unwrap();
+    engine.reclaim();
+    shared
 }
 
 #[test]
