@@ -54,7 +54,9 @@ impl Inherited {
 
     fn goes_on_as(&mut self, id: ItemId, ours: Option<usize>) {
         self.doors.insert(id, ours);
-        ours.map(|at| self.free.remove(&at));
+        if let Some(at) = ours {
+            self.free.remove(&at);
+        }
     }
 
     /// The incumbent's listeners beside which nobody else can be bound here.

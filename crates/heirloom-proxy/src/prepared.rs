@@ -227,22 +227,17 @@ impl Prepared {
             }
             let one = sharing
                 .add(&beside)
-                .and_then(|()| Bound::new(at, &listener.address, listener.mode, !beside.is_empty()));
-            let error = match one {
-                Ok(one) => {
-                    bound.push(one);
-                    continue;
-                }
-                Err(source) => EngineError::Bind {
+                .and_then(|()| Bound::new(at, &listener.address, listener.mode, !beside.is_empty()))
+                .map_err(|source| EngineError::Bind {
                     name: listener.name.clone(),
                     address: listener.address.text().into(),
                     source,
-                },
-            };
-            if !self.no_way_back {
-                return Err(error);
+                });
+            match one {
+                Ok(one) => bound.push(one),
+                Err(error) if self.no_way_back => tracing::error!("goes on without it: {error}"),
+                Err(error) => return Err(error),
             }
-            tracing::error!("goes on without it: {error}");
         }
         let doors = inherited.doors;
         let posts = self.polls.iter().map(Post::new);
