@@ -2,8 +2,8 @@
 //! listens there before the takeover has succeeded.
 //!
 //! Beside a listener of the incumbent that is in the way, all addresses of its port instead of one or one instead of all, the port is
-//! shared (`SO_REUSEPORT`, `socket(7)`) until all listen, or nothing comes of it. As long as something is bound to it after that,
-//! Linux lets the same user bind there who asks for sharing as well.
+//! shared (`SO_REUSEPORT`, `socket(7)`) until all listen, or nothing comes of it; for good if this process is killed meanwhile. As
+//! long as something is bound to it after that, Linux lets the same user bind there who asks for sharing as well.
 
 use std::fs;
 use std::io;

@@ -1,7 +1,8 @@
 //! A proxy that does not serve yet: all that costs time is done here, while an incumbent still serves.
 //!
 //! It touches nothing of what is handed over: sockets are registered with pollers that nobody polls, addresses are bound at which
-//! nobody listens, and threads wait behind a gate. Dropped, it leaves nothing behind.
+//! nobody listens, and threads wait behind a gate. (Only a listener that is in the way of an address [shares its port](crate::bound)
+//! meanwhile.) Dropped, it leaves nothing behind.
 
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
@@ -41,8 +42,9 @@ use crate::table::Table;
 /// How many sockets are registered, or connections made ready, in a step.
 const AT_ONCE: usize = 32;
 
-/// A proxy that does not serve yet: all that costs time is done in it while an incumbent still serves. It touches nothing of what is
-/// handed over; dropped, it leaves nothing behind.
+/// A proxy that does not serve yet: all that costs time is done in it while an incumbent still serves. It changes nothing of what is
+/// handed over, but that a listener in the way of an address that is to be bound has `SO_REUSEPORT` meanwhile; dropped, it leaves nothing
+/// behind.
 ///
 /// ```
 /// use heirloom::Bundle;
